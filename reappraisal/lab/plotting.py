@@ -214,12 +214,17 @@ def use_style(mode: str = "light") -> None:
     plt.rcParams.update(_rc(mode))
 
 # %% ../../nbs/lab/plotting.ipynb #ba24d708
-_CSS = (
-    '<style>html[data-theme="dark"] .rp-figure img.rp-ink,'
-    'body[data-jp-theme-light="false"] .rp-figure img.rp-ink'
-    "{filter:invert(1) hue-rotate(180deg);background:none;"
-    "mix-blend-mode:screen}</style>"
-)
+# the theme lays outputs on a pale card in the dark: take it away
+_CSS = """<style>
+html[data-theme="dark"] .text_html:has(> .rp-figure) {
+background: none !important; color: inherit !important;
+padding: 0 !important }
+html[data-theme="dark"] .rp-figure img {
+background: none !important; padding: 0 !important }
+html[data-theme="dark"] .rp-figure img.rp-ink,
+body[data-jp-theme-light="false"] .rp-figure img.rp-ink {
+filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen }
+</style>"""
 
 
 @dataclass(frozen=True)
@@ -254,13 +259,14 @@ class CaptionedFigure:
         kind = "rp-photo" if self.photo else "rp-ink"
         return {
             "text/html": (
-                f'{"" if self.photo else _CSS}<figure class="rp-figure" '
+                f'{_CSS}<figure class="rp-figure" '
                 'style="margin:0.5em 0 1.5em">'
                 f'<img class="{kind} dark-light" width="{self.width}" '
                 'style="max-width:100%;height:auto" '
                 f'alt="{html.escape(self.alt)}" '
                 f'src="data:image/png;base64,{data}">'
-                '<figcaption style="max-width:44em;text-align:left">'
+                '<figcaption style="max-width:44em;text-align:left;'
+                'color:inherit;font-weight:normal;line-height:1.45">'
                 f"{html.escape(self.caption, quote=False)}"
                 "</figcaption></figure>"
             ),
@@ -333,8 +339,9 @@ def captioned(fig, *, caption: str, alt: str) -> CaptionedFigure:
     raw = io.BytesIO()
     fig.savefig(raw, format="png", dpi=144)
     picture = Image.open(raw).convert("RGB")
-    if not photo:  # 64 colours are plenty for ink, and a third of the bytes
-        picture = picture.quantize(64, dither=Image.Dither.NONE)
+    if not photo:  # a palette is plenty for ink, at a third of the bytes
+        shades = 256 if images else 64
+        picture = picture.quantize(shades, dither=Image.Dither.NONE)
     small = io.BytesIO()
     picture.save(small, format="png", optimize=True)
     width = round(100 * fig.get_figwidth())
@@ -570,7 +577,7 @@ def traces(ax, t, Y, *, label: str | None = None, colour=None):
         median = np.nanmedian(Y, axis=0)
     (thick,) = ax.plot(t, median, color=colour, lw=2.4, label=label,
                        zorder=4)
-    alpha = float(np.clip(4 / len(Y), 0.12, 0.5))
+    alpha = float(np.clip(8 / len(Y), 0.15, 0.6))
     ax.plot(t, Y.T, color=thick.get_color(), lw=0.8, alpha=alpha, zorder=2)
     return ax
 

@@ -44,7 +44,7 @@ lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet ".[book,dev]"
 	{ echo "# The full lock; \`make lock\` renews it."; \
-	  build/lock/bin/python -m pip freeze --exclude reappraisal \
+	  build/lock/bin/python -m pip freeze --all --exclude reappraisal --exclude pip \
 	  | sed -E 's/^([A-Za-z0-9_.-]+) @ .*/\1/; s/\+cpu$$//'; } > build/lock.txt
 	mv build/lock.txt constraints.txt && rm -rf build/lock
 

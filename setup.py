@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
@@ -16,6 +17,20 @@ extras = {
 }
 extras["chapters"] += extras["cluster"]
 extras["book"] += extras["chapters"]
+
+
+
+class WithRegistrations(build_py):
+    """Put a copy of the registered claims into built packages."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / cfg["lib_path"] / "registrations"
+            self.mkpath(str(target))
+            for path in sorted(Path("registrations").glob("*.yml")):
+                self.copy_file(str(path), str(target))
+
 
 setup(
     name=cfg["lib_name"],
@@ -34,8 +49,8 @@ setup(
     extras_require=extras,
     entry_points={
         "console_scripts": ["reappraisal=reappraisal.protocol.cli:main"],
-        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
     },
+    cmdclass={"build_py": WithRegistrations},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -23,12 +23,13 @@ from torch.func import functional_call, vmap
 from .models import checked_seed, generator, reset
 
 # %% auto #0
-__all__ = ['Hyper', 'Schedule', 'LOSSES', 'Stack', 'Optimiser', 'scaled_add_', 'SGD', 'Adam', 'AdamW', 'cosine', 'stepwise',
-           'Trace', 'FirstStep', 'first_step', 'Batch', 'State', 'Recorder', 'by_members', 'Fit', 'DivergenceWarning',
-           'per_member_column', 'checked_params', 'chosen', 'checked_own', 'first_bad', 'Run', 'fit', 'check_stackable',
-           'vmapped', 'cross_entropy', 'squared_error', 'accuracy', 'Supervised', 'tree_map', 'Batches', 'Scores',
-           'Ensemble', 'shown', 'scores', 'stacked_modules', 'checked_seeds', 'checked_data', 'check_labels', 'Watch',
-           'train']
+__all__ = ['Hyper', 'Schedule', 'LOSSES', 'aten', 'BLOCK', 'ACTIVATIONS', 'Stack', 'Optimiser', 'scaled_add_', 'SGD', 'Adam',
+           'AdamW', 'cosine', 'stepwise', 'Trace', 'FirstStep', 'first_step', 'Batch', 'State', 'Recorder',
+           'by_members', 'Fit', 'DivergenceWarning', 'per_member_column', 'checked_params', 'chosen', 'checked_own',
+           'first_bad', 'Run', 'fit', 'check_stackable', 'vmapped', 'cross_entropy', 'squared_error', 'accuracy',
+           'Supervised', 'tree_map', 'Batches', 'Scores', 'Ensemble', 'shown', 'scores', 'chain_of', 'logit_gradient',
+           'ChainSupervised', 'stacked_modules', 'checked_seeds', 'checked_data', 'check_labels', 'Watch',
+           'objective_for', 'train']
 
 # %% ../../nbs/lab/ensemble.ipynb #4713de94
 class Stack:
@@ -147,17 +148,17 @@ class Adam(Optimiser):
     beta2: Hyper = 0.999
     eps: Hyper = 1e-8
 
-    slots = 2
+    slots = 3  # two means and a scratch buffer
 
     def update(self, p, g, state, t, h):
-        m, v = state
+        m, v, scratch = state
         b1, b2 = h["beta1"], h["beta2"]
-        m.mul_(b1)
-        scaled_add_(m, g.flat, 1 - b1)
-        v.mul_(b2)
-        scaled_add_(v, g.flat.square(), 1 - b2)
-        scale = v.sqrt().div_((1 - b2**t) ** 0.5).add_(h["eps"])
-        step = torch.div(m, scale, out=scale)
+        m.lerp_(g.flat, 1 - b1)
+        square = torch.mul(g.flat, g.flat, out=scratch)
+        scaled_add_(v.mul_(b2), square, 1 - b2)
+        scale = torch.sqrt(v, out=scratch)
+        scale.div_((1 - b2**t) ** 0.5).add_(h["eps"])
+        step = torch.div(m, scale, out=scratch)
         scaled_add_(p.flat, step, -h["lr"] / (1 - b1**t))
 
 
@@ -577,7 +578,8 @@ class Run:
                 grads = torch.autograd.grad(
                     value.sum(), wanted, materialize_grads=True
                 )
-                torch._foreach_copy_(list(self.g.views.values()), grads)
+                for view, grad in zip(self.g.views.values(), grads):
+                    view.copy_(grad)
             return value.detach()
 
         if gradient:
@@ -951,7 +953,7 @@ class Batches:
         self.which = torch.tensor([unique.index(s) for s in seeds])
         self.streams = [generator(s, "order") for s in unique]
         self.left = torch.empty(len(unique), 0, dtype=torch.long)
-        self.seen: Tensor | None = None
+        self.alive: Tensor | None = None
 
     def epoch(self) -> Tensor:
         """The next permutation of every stream."""
@@ -973,9 +975,13 @@ class Batches:
 
     def __call__(self, step: int, members: Tensor) -> Batch:
         everyone = len(members) == len(self.which)
-        rows = None if self.rows is None else self.rows[members]
+        if self.alive is not members:
+            self.alive, self.stream = members, self.which[members.cpu()]
+            self.mine = None if self.rows is None else self.rows[members]
+        rows = self.mine
         if self.size is not None:
-            order = self.order()[self.which[members.cpu()]].to(self.device)
+            order = self.order().index_select(0, self.stream)
+            order = order.to(self.device)
             rows = order if rows is None else rows.gather(1, order)
 
         def gathered(tensor: Tensor, own: bool) -> Tensor:
@@ -1227,6 +1233,167 @@ def scores(outputs: Tensor, y: Tensor, criterion: Callable) -> Scores:
         return Scores(loss, torch.full_like(loss, math.nan))
     return Scores(loss, accuracy(outputs, y))
 
+# %% ../../nbs/lab/ensemble.ipynb #95ee1518
+aten = torch.ops.aten
+BLOCK = 512
+
+# activation: forward in place; backward in place, given the output
+ACTIVATIONS: dict[type, tuple[Callable, Callable]] = {
+    nn.ReLU: (
+        torch.relu_,
+        lambda g, h: aten.threshold_backward.grad_input(
+            g, h, 0, grad_input=g
+        ),
+    ),
+    nn.Tanh: (
+        torch.tanh_,
+        lambda g, h: aten.tanh_backward.grad_input(g, h, grad_input=g),
+    ),
+    nn.Sigmoid: (
+        torch.sigmoid_,
+        lambda g, h: aten.sigmoid_backward.grad_input(g, h, grad_input=g),
+    ),
+}
+
+
+def chain_of(module: nn.Module, prefix: str = "") -> list | None:
+    """The linear layers of a plain chain, each with its activation.
+
+    Returns
+    -------
+    list of (weight, bias or None, activation or None)
+        Names and types; None where the module is anything else.
+    """
+    layers: list = []
+    parts = [("", module)] if not isinstance(module, nn.Sequential) else None
+    if parts is None and type(module).forward is nn.Sequential.forward:
+        parts = list(module.named_children())
+    for name, part in parts or ():
+        path = ".".join(n for n in (prefix, name) if n)
+        if part._forward_hooks or part._forward_pre_hooks:
+            return None
+        if isinstance(part, nn.Sequential):
+            inner = chain_of(part, path)
+            if inner is None:
+                return None
+            layers += inner
+        elif type(part) is nn.Linear:
+            weight = f"{path}.weight".lstrip(".")
+            bias = f"{path}.bias".lstrip(".")
+            layers.append([weight, None if part.bias is None else bias, None])
+        elif type(part) in ACTIVATIONS and layers and not layers[-1][2]:
+            layers[-1][2] = type(part)
+        elif type(part) is nn.Flatten and not layers:
+            if (part.start_dim, part.end_dim) != (1, -1):
+                return None
+        elif type(part) is not nn.Identity:
+            return None
+    return layers or None
+
+
+def logit_gradient(
+    criterion: Callable, logits: Tensor, y: Any
+) -> tuple[Tensor, Tensor]:
+    """Losses `[A, B]` and their gradient `[A, C, B]`, classes first."""
+    smoothing = getattr(criterion, "keywords", {}).get("smoothing", 0.0)
+    kind = getattr(criterion, "func", criterion)
+    if kind is not cross_entropy or y.is_floating_point():
+        z = logits.mT.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = criterion(z, y)
+            (grad,) = torch.autograd.grad(losses.sum(), z)
+        return losses.detach(), grad.mT.contiguous()
+    logp = torch.log_softmax(logits, 1)
+    where = y[:, None].expand(len(logits), 1, -1)
+    losses = -logp.gather(1, where)[:, 0]
+    if smoothing:
+        losses = (1 - smoothing) * losses - smoothing * logp.mean(1)
+    grad = logp.exp_()
+    if smoothing:
+        grad -= smoothing / logits.shape[1]
+    down = grad.new_full((1, 1, 1), smoothing - 1.0).expand(where.shape)
+    return losses, grad.scatter_add_(1, where, down)
+
+
+class ChainSupervised(Supervised):
+    """`Supervised` for a chain, with its own backward pass."""
+
+    def __init__(self, layers: list, criterion: Callable):
+        super().__init__(self.forward, criterion)
+        self.layers, self.buffers = layers, {}
+
+    def buffer(self, key: Any, shape: tuple, like: Tensor) -> Tensor:
+        """Memory that is reused from step to step."""
+        kept = self.buffers.get(key)
+        if kept is None or kept.shape != shape or kept.dtype != like.dtype:
+            kept = self.buffers[key] = like.new_empty(shape)
+        return kept
+
+    def activations(self, tensors: Mapping[str, Tensor], x: Tensor) -> list:
+        """Input and output of every layer, `[A, d, B]` each."""
+        hs = [x.flatten(2).mT if x.ndim > 2 else x[:, None]]
+        for k, (weight, bias, activation) in enumerate(self.layers):
+            w, h = tensors[weight], hs[-1]
+            h = h.expand(len(w), -1, -1)
+            out = self.buffer((k, h.shape[2]), (*w.shape[:2], h.shape[2]), w)
+            if bias is None:
+                torch.bmm(w, h, out=out)
+            else:
+                torch.baddbmm(tensors[bias][..., None], w, h, out=out)
+            if activation:
+                ACTIVATIONS[activation][0](out)
+            hs.append(out)
+        return hs
+
+    def forward(self, tensors, x):
+        with torch.no_grad():
+            return self.activations(tensors, x)[-1].mT.clone()
+
+    @torch.no_grad()
+    def value_and_grad(self, params, batch, grads):
+        """Mean losses and outputs; gradients are written into `grads`."""
+        total = batch.x.shape[1]
+        value, outputs = 0.0, []
+        for at in range(0, total, BLOCK):
+            part = slice(at, at + BLOCK)
+            y = tree_map(lambda v, part=part: v[:, part], batch.y)
+            hs = self.activations(params, batch.x[:, part])
+            losses, delta = logit_gradient(self.criterion, hs[-1], y)
+            self.backward(params, hs, delta.div_(total), grads, at > 0)
+            value = value + losses.sum(1)
+            outputs.append(hs[-1].mT)
+        if len(outputs) > 1:
+            outputs = [torch.cat(outputs, 1)]
+        return value / total, {"outputs": outputs[0]}
+
+    def backward(self, params, hs, delta, grads, add: bool) -> None:
+        """Gradients of one block, stored or added."""
+
+        def put(name: str | None, grad: Tensor) -> None:
+            if add:
+                grads[name].add_(grad)
+            else:
+                grads[name].copy_(grad)
+
+        lowest = min(
+            k for k, (w, b, _) in enumerate(self.layers) if {w, b} & set(grads)
+        )
+        for k in range(len(self.layers) - 1, lowest - 1, -1):
+            weight, bias, activation = self.layers[k]
+            w, h = params[weight], hs[k]
+            if activation:
+                ACTIVATIONS[activation][1](delta, hs[k + 1])
+            if weight in grads:
+                out = self.buffer(("w", k), w.shape, w)
+                h = h.expand(len(w), -1, -1).mT
+                put(weight, torch.bmm(delta, h, out=out))
+            if bias in grads:
+                put(bias, delta.sum(2))
+            if k > lowest:
+                shape = (len(w), w.shape[2], delta.shape[2])
+                below = self.buffer(("d", k, shape[2]), shape, w)
+                delta = torch.bmm(w.mT, delta, out=below)
+
 # %% ../../nbs/lab/ensemble.ipynb #631c55ef
 def stacked_modules(
     model: Any, seeds: Sequence[int], init: Any, dtype, device
@@ -1377,6 +1544,28 @@ class Watch:
         if not self.y.is_floating_point():
             state.record(f"{self.name}_accuracy", found.accuracy)
 
+
+def objective_for(
+    start: Ensemble, criterion: Callable, engine: str
+) -> Supervised:
+    """The general path, or the fast one where it applies."""
+    if engine not in ("auto", "vmap", "chain"):
+        raise ValueError(
+            f"engine: got {engine!r}; 'auto', 'vmap' or 'chain' is accepted"
+        )
+    module = copy.deepcopy(start.template).train()
+    layers = None if engine == "vmap" else chain_of(module)
+    if layers and {n for w, b, _ in layers for n in (w, b) if n} == set(
+        start.params
+    ):
+        return ChainSupervised(layers, criterion)
+    if engine == "chain":
+        raise ValueError(
+            f"engine: {type(module).__name__} is no plain chain of linear "
+            "layers; 'auto' or 'vmap' is accepted"
+        )
+    return Supervised(vmapped(module), criterion)
+
 # %% ../../nbs/lab/ensemble.ipynb #c5e1ef17
 def train(
     model: Any,
@@ -1396,6 +1585,7 @@ def train(
     every: int | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    engine: str = "auto",
     **rest: Any,
 ) -> Ensemble:
     """Train one architecture from S seeds in one pass.
@@ -1439,6 +1629,9 @@ def train(
         Steps between calls and records; by default a hundredth of `steps`.
     dtype, device
         Of the computation; by default the model's dtype, on the CPU.
+    engine
+        "vmap" is the general path, "chain" the hand-written one for chains of
+        linear layers; "auto" takes the latter where it applies.
     **rest
         `schedule`, `decay`, `clip`, `masks`, `trainable`, `checkpoints`: see
         `fit`.
@@ -1472,8 +1665,7 @@ def train(
             raise ValueError("smoothing: only cross entropy has it")
         criterion = partial(cross_entropy, smoothing=smoothing)
     batches = Batches(x, y, seeds, batch_size, rows, per_member)
-    module = copy.deepcopy(start.template).train()
-    objective = Supervised(vmapped(module), criterion)
+    objective = objective_for(start, criterion, engine)
     if loss == "cross_entropy":
         probe = batches.first()
         check_labels(y, objective.forward(start.tensors(), probe))

@@ -5,19 +5,19 @@
 # %% ../../nbs/lab/models.ipynb #5a150e14
 from __future__ import annotations
 
-import copy
-import math
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['generator', 'checked_seed', 'reset']
+__all__ = ['INITIALISATIONS', 'ACTIVATIONS', 'generator', 'checked_seed', 'reset', 'lecun_', 'initialise', 'is_matrix', 'seeded',
+           'named', 'Residual', 'mlp', 'group_norm', 'conv_block', 'convnet', 'resnet', 'Attention', 'Transformer',
+           'transformer', 'Recurrent', 'recurrent']
 
 # %% ../../nbs/lab/models.ipynb #9bdd2cce
 def generator(
@@ -85,3 +85,447 @@ def reset(module: nn.Module, seed: int, stream: str = "init") -> nn.Module:
                     "or pass a factory `seed -> nn.Module`"
                 )
     return module
+
+# %% ../../nbs/lab/models.ipynb #6f65f478
+def lecun_(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal with variance 1 / fan_in."""
+    fan_in = weight[0].numel()
+    return weight.normal_(0, fan_in**-0.5, generator=generator)
+
+
+INITIALISATIONS: dict[str, Callable] = {
+    "kaiming": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+    "kaiming_uniform": partial(
+        nn.init.kaiming_uniform_, nonlinearity="relu"
+    ),
+    "xavier": nn.init.xavier_normal_,
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "lecun": lecun_,
+    "orthogonal": nn.init.orthogonal_,
+    "mup": lecun_,
+}
+
+
+def initialise(
+    module: nn.Module,
+    how: str = "default",
+    seed: int = 0,
+    scale: float = 1.0,
+    stream: str = "init",
+) -> nn.Module:
+    """Give a module fresh weights by the name of a rule.
+
+    Parameters
+    ----------
+    module
+        Changed in place and returned.
+    how
+        "default" (each layer's own) or one of `INITIALISATIONS`, which apply
+        to all parameters named `weight` with two or more dimensions; biases
+        become zero, gains of normalisation layers one.
+    seed, stream
+        As in `generator`.
+    scale
+        Factor on all these weights: below 1 leads towards feature learning,
+        above 1 towards the lazy regime.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+    if how != "default" and how not in INITIALISATIONS:
+        raise ValueError(
+            f"how: got {how!r}; 'default', "
+            f"{', '.join(map(repr, INITIALISATIONS))} are accepted"
+        )
+    reset(module, seed, stream)
+    matrices = [
+        p for n, p in module.named_parameters() if is_matrix(n, p)
+    ]
+    draws = generator(seed, stream)
+    with torch.no_grad():
+        if how != "default":
+            for name, p in module.named_parameters():
+                if name.rpartition(".")[2] == "bias":
+                    p.zero_()
+            for p in matrices:
+                INITIALISATIONS[how](p, generator=draws)
+        if how == "mup":
+            matrices[-1].mul_(matrices[-1][0].numel() ** -0.5)
+        for p in matrices:
+            p.mul_(scale)
+    return module
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether it is a weight with two or more dimensions."""
+    return name.rpartition(".")[2] == "weight" and parameter.ndim > 1
+
+# %% ../../nbs/lab/models.ipynb #e314df6d
+def seeded(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Let a builder take `seed`, `init` and `scale` (see `initialise`)."""
+
+    @wraps(build)
+    def builder(
+        *args: Any,
+        seed: int = 0,
+        init: str = "default",
+        scale: float = 1.0,
+        **kwargs: Any,
+    ) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            module = build(*args, **kwargs)
+        return initialise(module, init, seed, scale)
+
+    return builder
+
+
+def named(kind: str, name: Any, options: dict[str, Any]) -> Any:
+    """An option by its name, or a ValueError that lists them."""
+    if name not in options:
+        raise ValueError(
+            f"{kind}: got {name!r}; {', '.join(map(repr, options))} "
+            "are accepted"
+        )
+    return options[name]
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "linear": nn.Identity,
+}
+
+
+class Residual(nn.Module):
+    """`x + body(x)`, or `shortcut(x) + body(x)` where shapes change."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None = None):
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.body(x)
+
+
+@seeded
+def mlp(
+    sizes: Sequence[int],
+    activation: str = "relu",
+    norm: str | None = None,
+    residual: bool = False,
+    bias: bool = True,
+) -> nn.Sequential:
+    """A multilayer perceptron.
+
+    Parameters
+    ----------
+    sizes
+        Inputs, hidden widths, outputs. Two numbers give a linear model;
+        `activation="linear"` a deep linear one. Inputs are flattened.
+    activation
+        One of `ACTIVATIONS`.
+    norm
+        None or "layer": normalise before each activation.
+    residual
+        Add a skip connection around each hidden layer that keeps its width.
+    bias
+        Whether linear layers have one.
+    """
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(
+            f"sizes: got {list(sizes)}; two or more positive widths are "
+            "accepted"
+        )
+    act = named("activation", activation, ACTIVATIONS)
+    normal = named("norm", norm, {None: None, "layer": nn.LayerNorm})
+    layers: list[nn.Module] = [nn.Flatten()]
+    for k, (fan_in, fan_out) in enumerate(zip(sizes[:-2], sizes[1:-1])):
+        part = [nn.Linear(fan_in, fan_out, bias=bias)]
+        part += [normal(fan_out)] if normal else []
+        part += [act()] if act is not nn.Identity else []
+        if residual and k and fan_in == fan_out:
+            layers.append(Residual(nn.Sequential(*part)))
+        else:
+            layers += part
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:], bias=bias))
+
+# %% ../../nbs/lab/models.ipynb #4a2eb2ee
+def group_norm(channels: int, groups: int = 4) -> nn.GroupNorm:
+    """Group normalisation with as many of `groups` as divide `channels`."""
+    return nn.GroupNorm(int(np.gcd(groups, channels)), channels)
+
+
+def conv_block(
+    fan_in: int, fan_out: int, norm: str | None, act: Callable, stride: int = 1
+) -> list[nn.Module]:
+    """Convolution 3x3, normalisation, activation."""
+    make = named("norm", norm, {None: None, "group": group_norm})
+    conv = nn.Conv2d(
+        fan_in, fan_out, 3, stride=stride, padding=1, bias=make is None
+    )
+    return [conv, *([make(fan_out)] if make else []), act()]
+
+
+@seeded
+def convnet(
+    channels: Sequence[int] = (1, 16, 32),
+    classes: int = 10,
+    norm: str | None = "group",
+    activation: str = "relu",
+) -> nn.Sequential:
+    """A small convolutional network for images `[B, C, H, W]`.
+
+    Parameters
+    ----------
+    channels
+        Of the image, then of each 3x3 convolution; each but the last is
+        followed by 2x2 average pooling, the last by the mean over the image.
+    classes
+        Outputs.
+    norm
+        "group" or None.
+    activation
+        One of `ACTIVATIONS`.
+    """
+    act = named("activation", activation, ACTIVATIONS)
+    layers: list[nn.Module] = []
+    for k, pair in enumerate(zip(channels[:-1], channels[1:])):
+        layers += [nn.AvgPool2d(2)] if k else []
+        layers += conv_block(*pair, norm, act)
+    return nn.Sequential(
+        *layers,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels[-1], classes),
+    )
+
+
+@seeded
+def resnet(
+    channels: Sequence[int] = (1, 16, 32),
+    blocks: int = 1,
+    classes: int = 10,
+    norm: str | None = "group",
+    activation: str = "relu",
+) -> nn.Sequential:
+    """A residual network for images `[B, C, H, W]`.
+
+    Parameters
+    ----------
+    channels
+        Of the image, then of each stage; stages after the first halve the
+        resolution.
+    blocks
+        Residual blocks of two convolutions per stage.
+    classes, norm, activation
+        As in `convnet`.
+    """
+    act = named("activation", activation, ACTIVATIONS)
+    layers = conv_block(channels[0], channels[1], norm, act)
+    width = channels[1]
+    for stage, fan_out in enumerate(channels[1:]):
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            body = nn.Sequential(
+                *conv_block(width, fan_out, norm, act, stride),
+                *conv_block(fan_out, fan_out, norm, act)[:-1],
+            )
+            change = width != fan_out or stride > 1
+            skip = (
+                nn.Conv2d(width, fan_out, 1, stride=stride, bias=False)
+                if change
+                else None
+            )
+            layers += [Residual(body, skip), act()]
+            width = fan_out
+    return nn.Sequential(
+        *layers,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, classes),
+    )
+
+# %% ../../nbs/lab/models.ipynb #77d4ba20
+class Attention(nn.Module):
+    """Multi-head self-attention `[B, T, D] -> [B, T, D]`."""
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        if width % heads:
+            raise ValueError(
+                f"heads: got {heads}; a divisor of the width {width} is "
+                "accepted"
+            )
+        self.heads, self.causal = heads, causal
+        self.read = nn.Linear(width, 3 * width)
+        self.write = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *batch, length, width = x.shape
+        split = (*batch, length, 3, self.heads, width // self.heads)
+        q, k, v = self.read(x).view(split).movedim(-3, 0).transpose(-3, -2)
+        score = q @ k.mT / (width // self.heads) ** 0.5
+        if self.causal:
+            later = torch.ones_like(score[0, 0], dtype=torch.bool).triu(1)
+            score = score.masked_fill(later, float("-inf"))
+        mixed = (score.softmax(-1) @ v).transpose(-3, -2)
+        return self.write(mixed.reshape(x.shape))
+
+
+class Transformer(nn.Module):
+    """See `transformer`."""
+
+    def __init__(
+        self,
+        inputs,
+        outputs,
+        length,
+        width,
+        heads,
+        depth,
+        causal,
+        tokens,
+        pool,
+    ):
+        super().__init__()
+        first = nn.Embedding if tokens else nn.Linear
+        self.embed = first(inputs, width)
+        self.place = nn.Embedding(length, width)
+        self.blocks = nn.Sequential()
+        for _ in range(depth):
+            self.blocks.append(
+                Residual(
+                    nn.Sequential(
+                        nn.LayerNorm(width), Attention(width, heads, causal)
+                    )
+                )
+            )
+            self.blocks.append(
+                Residual(
+                    nn.Sequential(
+                        nn.LayerNorm(width),
+                        nn.Linear(width, 4 * width),
+                        nn.GELU(),
+                        nn.Linear(4 * width, width),
+                    )
+                )
+            )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, outputs)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        h = self.blocks(h + self.place.weight[: h.shape[-2]])
+        if self.pool == "last":
+            h = h[:, -1]
+        elif self.pool == "mean":
+            h = h.mean(1)
+        return self.head(self.norm(h))
+
+
+@seeded
+def transformer(
+    inputs: int,
+    outputs: int,
+    length: int,
+    width: int = 32,
+    heads: int = 4,
+    depth: int = 2,
+    causal: bool = False,
+    tokens: bool = True,
+    pool: str | None = "mean",
+) -> Transformer:
+    """A pre-norm transformer with learned positions.
+
+    Parameters
+    ----------
+    inputs
+        Size of the vocabulary, or of the input vectors.
+    outputs
+        Classes.
+    length
+        Longest sequence.
+    width, heads, depth
+        Of the residual stream; attention heads; blocks.
+    causal
+        Whether a position sees only what came before.
+    tokens
+        Inputs `[B, T]` of integers; otherwise vectors `[B, T, inputs]`.
+    pool
+        "mean" or "last" position for one answer `[B, outputs]` a sequence;
+        None for one a position `[B, T, outputs]`.
+    """
+    named("pool", pool, dict.fromkeys((None, "mean", "last")))
+    return Transformer(
+        inputs, outputs, length, width, heads, depth, causal, tokens, pool
+    )
+
+# %% ../../nbs/lab/models.ipynb #9f728836
+class Recurrent(nn.Module):
+    """See `recurrent`."""
+
+    def __init__(self, inputs, hidden, outputs, cell, tokens, pool):
+        super().__init__()
+        gates = named("cell", cell, {"rnn": 1, "gru": 3})
+        self.cell, self.hidden, self.pool = cell, hidden, pool
+        self.embed = nn.Embedding(inputs, hidden) if tokens else nn.Identity()
+        self.read = nn.Linear(hidden if tokens else inputs, gates * hidden)
+        self.recur = nn.Linear(hidden, gates * hidden)
+        self.head = nn.Linear(hidden, outputs)
+
+    def step(self, a: Tensor, h: Tensor) -> Tensor:
+        """The next state from the read input `a` and the state `h`."""
+        b = self.recur(h)
+        if self.cell == "rnn":
+            return torch.tanh(a + b)
+        (ar, az, an), (br, bz, bn) = a.chunk(3, -1), b.chunk(3, -1)
+        r, z = torch.sigmoid(ar + br), torch.sigmoid(az + bz)
+        return (1 - z) * torch.tanh(an + r * bn) + z * h
+
+    def forward(self, x: Tensor) -> Tensor:
+        reads = self.read(self.embed(x))
+        h = torch.zeros_like(reads[:, 0, : self.hidden])
+        states = []
+        for a in reads.unbind(1):
+            h = self.step(a, h)
+            states.append(h)
+        if self.pool == "last":
+            return self.head(h)
+        return self.head(torch.stack(states, 1))
+
+
+@seeded
+def recurrent(
+    inputs: int,
+    hidden: int,
+    outputs: int,
+    cell: str = "gru",
+    tokens: bool = False,
+    pool: str | None = "last",
+) -> Recurrent:
+    """A recurrent network.
+
+    Parameters
+    ----------
+    inputs
+        Size of the input vectors, or of the vocabulary.
+    hidden
+        Units of state.
+    outputs
+        Classes.
+    cell
+        "rnn" (tanh) or "gru".
+    tokens
+        Inputs `[B, T]` of integers; otherwise vectors `[B, T, inputs]`.
+    pool
+        "last" for one answer a sequence, None for one a position.
+    """
+    named("pool", pool, dict.fromkeys((None, "last")))
+    return Recurrent(inputs, hidden, outputs, cell, tokens, pool)

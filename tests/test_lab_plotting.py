@@ -272,3 +272,14 @@ def test_photographs_keep_their_colours(picture, cmap, photo):
     assert made.photo is photo
     kind = "rp-photo" if photo else "rp-ink"
     assert f'class="{kind} ' in made._repr_mimebundle_()["text/html"]
+
+
+def test_one_label_for_the_whole_figure_is_enough():
+    fig, axes = plt.subplots(1, 2, figsize=(4, 2))
+    with pytest.raises(ValueError, match="x axis of panel 0"):
+        lp.captioned(fig, caption="c", alt="a")
+    fig.supxlabel("steps")
+    with pytest.raises(ValueError, match="no label.*y axis of panel 1"):
+        lp.captioned(fig, caption="c", alt="a")
+    fig.supylabel("loss (nats)")
+    assert lp.captioned(fig, caption="c", alt="a")

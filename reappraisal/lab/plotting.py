@@ -288,13 +288,14 @@ def _is_number(text: str) -> bool:
 def _unlabelled(fig) -> list[str]:
     """Axes with numbers along them and no label."""
     fig.canvas.draw()
+    whole = {"x": fig.get_supxlabel(), "y": fig.get_supylabel()}
     missing = []
     for i, ax in enumerate(fig.axes):
         for name in ("x", "y") if ax.axison and ax.get_visible() else ():
             axis = getattr(ax, name + "axis")
             ticks = [t for t in axis.get_ticklabels() if t.get_visible()]
             numeric = any(_is_number(t.get_text()) for t in ticks)
-            if numeric and not axis.get_label_text():
+            if numeric and not (axis.get_label_text() or whole[name]):
                 missing.append(f"{name} axis of panel {i}")
     return missing
 
@@ -337,7 +338,7 @@ def captioned(fig, *, caption: str, alt: str) -> CaptionedFigure:
         for im in images
     )
     raw = io.BytesIO()
-    fig.savefig(raw, format="png", dpi=144)
+    fig.savefig(raw, format="png", dpi=100 if photo else 144)
     picture = Image.open(raw).convert("RGB")
     if not photo:  # a palette is plenty for ink, at a third of the bytes
         shades = 256 if images else 64

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -132,7 +133,9 @@ def correlation(
     Returns
     -------
     Interval
-        Limits -1 and 1, and p = 1, below four replicates.
+        Limits -1 and 1, and p = 1, below four replicates. Rank correlations
+        are bootstrapped without the small-sample expansion: the ties that
+        resampling makes widen their intervals enough.
 
     Raises
     ------
@@ -161,7 +164,7 @@ def correlation(
     found = bootstrap(
         lambda w: weighted_correlation(x, y, w, kind), n, level=level,
         method=method, seed=seed, n_boot=n_boot, null=null,
-        clusters=clusters,
+        clusters=clusters, small_sample=kind == "pearson",
     )
     return replace(found, method=f"{kind.capitalize()}, {found.method}")
 
@@ -634,7 +637,8 @@ def mixed_slope(
     Raises
     ------
     ValueError
-        If there are fewer than three clusters, or shapes differ.
+        If there are fewer than three clusters, shapes differ, or the fit
+        does not converge.
     """
     from statsmodels.regression.mixed_linear_model import MixedLM
 
@@ -645,12 +649,13 @@ def mixed_slope(
     if n < 3:
         raise ValueError(f"clusters: got {n}; expected at least 3")
     design = np.column_stack([np.ones_like(x), x - x.mean()])
-    import warnings
-
     with warnings.catch_warnings():
         # a variance at its boundary of zero is an answer, not a failure
         warnings.simplefilter("ignore")
-        fit = MixedLM(y, design, codes, exog_re=design).fit(reml=True)
+        model = MixedLM(y, design, codes, exog_re=design)
+        fit = model.fit(reml=True, method=["powell"])
+    if not fit.converged:
+        raise ValueError("y: the mixed model did not converge on these data")
     b, se = float(fit.fe_params[1]), float(fit.bse_fe[1])
     q = float(scipy.special.stdtrit(n - 1, (1 + level) / 2))
     p = 2 * float(scipy.special.stdtr(n - 1, -abs(b - null) / se))

@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike
 __all__ = ['MeanMethod', 'Interval', 'as_replicates', 'as_pairs', 'check_level', 'resample_counts', 'weighted_mean',
            'weighted_variance', 'weighted_quantile', 'acceleration', 'bootstrap_limits', 'bootstrap_p', 'bootstrap',
            'cluster_bootstrap', 'opaque', 'mean_interval', 'studentized', 'paired', 'log_ratio', 'welch',
-           'ratio_of_means', 'geometric_mean_ratio', 'quantile_interval', 'median_interval', 'proportion_interval',
-           'proportion_difference']
+           'ratio_of_means', 'mean_saving', 'geometric_mean_ratio', 'quantile_interval', 'median_interval',
+           'proportion_interval', 'proportion_difference']
 
 # %% ../../nbs/protocol/intervals.ipynb #a1d6bcc6
 @dataclass(frozen=True)
@@ -969,6 +969,42 @@ def _fieller(
         ratio, float((middle - root) / square),
         float((middle + root) / square), level, n, "Fieller", p, None, null,
     )
+
+# %% ../../nbs/protocol/intervals.ipynb #634234fe
+def mean_saving(
+    a: ArrayLike,
+    b: ArrayLike,
+    level: float = 0.95,
+    method: Literal["bca", "percentile", "fieller"] = "bca",
+    seed: int = 0,
+    *,
+    pairs: bool = True,
+    null: float = 0.0,
+    n_boot: int = 9999,
+) -> Interval:
+    """Share of the mean of b that a saves, 1 - mean(a) / mean(b).
+
+    Parameters
+    ----------
+    a, b, level, method, seed, pairs, n_boot
+        As for `ratio_of_means`.
+    null
+        What the p-value refers to.
+
+    Returns
+    -------
+    Interval
+        Exactly one minus `ratio_of_means`.
+
+    Raises
+    ------
+    ValueError
+        As `ratio_of_means`.
+    """
+    ratio = ratio_of_means(
+        a, b, level, method, seed, pairs=pairs, null=1 - null, n_boot=n_boot
+    )
+    return replace(ratio.map(lambda r: 1 - r), se=ratio.se, null=null)
 
 # %% ../../nbs/protocol/intervals.ipynb #0f5f90eb
 def geometric_mean_ratio(

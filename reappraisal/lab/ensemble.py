@@ -23,13 +23,10 @@ from torch.func import functional_call, vmap
 from .models import checked_seed, generator, reset
 
 # %% auto #0
-__all__ = ['Hyper', 'Schedule', 'LOSSES', 'aten', 'BLOCK', 'ACTIVATIONS', 'Stack', 'Optimiser', 'scaled_add_', 'SGD', 'Adam',
-           'AdamW', 'cosine', 'stepwise', 'Trace', 'FirstStep', 'first_step', 'Batch', 'State', 'Recorder',
-           'by_members', 'Fit', 'DivergenceWarning', 'per_member_column', 'checked_params', 'chosen', 'checked_own',
-           'first_bad', 'Run', 'fit', 'check_stackable', 'vmapped', 'cross_entropy', 'squared_error', 'accuracy',
-           'Supervised', 'tree_map', 'Batches', 'Scores', 'Ensemble', 'shown', 'scores', 'chain_of', 'logit_gradient',
-           'ChainSupervised', 'stacked_modules', 'checked_seeds', 'checked_data', 'check_labels', 'Watch',
-           'objective_for', 'train']
+__all__ = ['Hyper', 'Schedule', 'LOSSES', 'BLOCK', 'Stack', 'Optimiser', 'scaled_', 'scaled_add_', 'SGD', 'Adam', 'AdamW',
+           'cosine', 'stepwise', 'Trace', 'FirstStep', 'first_step', 'Batch', 'State', 'Fit', 'DivergenceWarning',
+           'Run', 'fit', 'check_stackable', 'vmapped', 'cross_entropy', 'squared_error', 'accuracy', 'Supervised',
+           'Batches', 'Scores', 'Ensemble', 'chain_of', 'ChainSupervised', 'Watch', 'train']
 
 # %% ../../nbs/lab/ensemble.ipynb #4713de94
 class Stack:
@@ -79,7 +76,7 @@ class Optimiser:
 
     A subclass is a frozen dataclass whose fields are hyperparameters (each a
     number or one number per member). `update` receives them resolved: a
-    float, or a tensor `[S, 1]` that broadcasts over the buffer.
+    float, or a float64 column `[S, 1]`, for `scaled_` and `scaled_add_`.
     """
 
     lr: Hyper
@@ -111,10 +108,15 @@ class Optimiser:
         raise NotImplementedError
 
 
+def scaled_(y: Tensor, a: float | Tensor) -> Tensor:
+    """`y *= a`, for a number or a column `[S, 1]`."""
+    return y.mul_(a.to(y.dtype) if isinstance(a, Tensor) else a)
+
+
 def scaled_add_(y: Tensor, x: Tensor, a: float | Tensor) -> Tensor:
-    """`y += a * x` in one pass, for a number or a column per member."""
+    """`y += a * x` in one pass, for a number or a column `[S, 1]`."""
     if isinstance(a, Tensor):
-        return y.addcmul_(x, a)
+        return y.addcmul_(x, a.to(y.dtype))
     return y.add_(x, alpha=a)
 
 
@@ -133,7 +135,7 @@ class SGD(Optimiser):
         step, eta = g.flat, h["lr"]
         if state:
             (v,) = state
-            v.mul_(h["momentum"]).add_(step)
+            scaled_(v, h["momentum"]).add_(step)
             step = v
             if self.nesterov:
                 step = scaled_add_(g.flat, v, h["momentum"])
@@ -153,11 +155,11 @@ class Adam(Optimiser):
     def update(self, p, g, state, t, h):
         m, v, scratch = state
         b1, b2 = h["beta1"], h["beta2"]
-        m.lerp_(g.flat, 1 - b1)
+        scaled_add_(scaled_(m, b1), g.flat, 1 - b1)
         square = torch.mul(g.flat, g.flat, out=scratch)
-        scaled_add_(v.mul_(b2), square, 1 - b2)
+        scaled_add_(scaled_(v, b2), square, 1 - b2)
         scale = torch.sqrt(v, out=scratch)
-        scale.div_((1 - b2**t) ** 0.5).add_(h["eps"])
+        scaled_(scale, (1 - b2**t) ** -0.5).add_(h["eps"])
         step = torch.div(m, scale, out=scratch)
         scaled_add_(p.flat, step, -h["lr"] / (1 - b1**t))
 
@@ -338,7 +340,7 @@ class State:
         self.stopping = which.clone() if seen is None else seen | which
 
 
-class Recorder:
+class _Recorder:
     """Collects values of changing sets of members into traces."""
 
     def __init__(self, size: int):
@@ -360,14 +362,14 @@ class Recorder:
         table = torch.full(
             (self.size, len(steps), *first.shape[1:]), math.nan, dtype=kind
         )
-        for members, group in by_members(entries):
+        for members, group in _by_members(entries):
             columns = torch.tensor([column[step] for step, _, _ in group])
             values = torch.stack([v for _, _, v in group], 1).cpu().to(kind)
             table[members.cpu()[:, None], columns] = values
         return Trace(torch.tensor(steps), table)
 
 
-def by_members(entries: list) -> Iterable[tuple[Tensor, list]]:
+def _by_members(entries: list) -> Iterable[tuple[Tensor, list]]:
     """Runs of consecutive entries that concern the same members."""
     group: list = []
     for entry in entries:
@@ -419,10 +421,10 @@ class DivergenceWarning(RuntimeWarning):
     """Some members' loss became infinite or undefined."""
 
 # %% ../../nbs/lab/ensemble.ipynb #65449896
-def per_member_column(
-    name: str, value: Hyper, size: int, like: Tensor
+def _column(
+    name: str, value: Hyper, size: int, device: torch.device
 ) -> float | Tensor:
-    """A float, or a column `[S, 1]` of one value per member."""
+    """A float, or a float64 column `[S, 1]` of one value per member."""
     if isinstance(value, (int, float)):
         value = float(value)
         if not math.isfinite(value):
@@ -430,9 +432,9 @@ def per_member_column(
         return value
     column = torch.as_tensor(
         np.asarray(value) if not isinstance(value, Tensor) else value
-    ).to(like)
+    ).to(device, torch.float64)
     if column.ndim == 0:
-        return per_member_column(name, float(column), size, like)
+        return _column(name, float(column), size, device)
     if column.shape != (size,):
         raise ValueError(
             f"{name}: got shape {tuple(column.shape)}; a number or one number "
@@ -443,7 +445,7 @@ def per_member_column(
     return column[:, None]
 
 
-def checked_params(params: Mapping[str, Tensor]) -> int:
+def _checked_params(params: Mapping[str, Tensor]) -> int:
     """The number of members, if all tensors agree on it."""
     if not params:
         raise ValueError("params: empty; at least one tensor is needed")
@@ -457,7 +459,7 @@ def checked_params(params: Mapping[str, Tensor]) -> int:
     return heads.pop()[0]
 
 
-def chosen(
+def _chosen(
     name: str, wanted: Iterable[str] | None, names: Iterable[str]
 ) -> list[str]:
     """`names` that are in `wanted` (all, where None), in their order."""
@@ -470,7 +472,7 @@ def chosen(
     return [n for n in names if n in wanted]
 
 # %% ../../nbs/lab/ensemble.ipynb #fdfd8033
-def checked_own(tensors: Mapping[str, Tensor], size: int) -> dict:
+def _checked_own(tensors: Mapping[str, Tensor], size: int) -> dict:
     """`per_member` tensors, if each has a row for every member."""
     for name, tensor in tensors.items():
         if tensor.shape[:1] != (size,):
@@ -481,7 +483,7 @@ def checked_own(tensors: Mapping[str, Tensor], size: int) -> dict:
     return dict(tensors)
 
 
-def first_bad(losses: Trace) -> Tensor:
+def _first_bad(losses: Trace) -> Tensor:
     """The first step `[S]` at which a loss was not finite."""
     return losses.steps[(~losses.values.isfinite()).int().argmax(1)]
 
@@ -490,8 +492,8 @@ class Run:
     """Everything that moves while `fit` runs, for the members in the stack."""
 
     def __init__(self, params, loss, optimiser, trainable, decay, schedule):
-        size = checked_params(params)
-        names = chosen("trainable", trainable, params)
+        size = _checked_params(params)
+        names = _chosen("trainable", trainable, params)
         if not names:
             raise ValueError("trainable: empty; one name at least is needed")
         self.hook = decay if callable(decay) else None
@@ -503,7 +505,7 @@ class Run:
         kinds = {params[n].dtype for n in names}
         if len(kinds) != 1 or not next(iter(kinds)).is_floating_point:
             raise ValueError(f"params: got {kinds}; one float type is needed")
-        decayed = chosen("decay", None if self.hook else decay, names)
+        decayed = _chosen("decay", None if self.hook else decay, names)
         names = decayed + [n for n in names if n not in decayed]
         self.p = Stack.of({n: params[n].detach() for n in names})
         self.g = self.p.like()
@@ -517,8 +519,8 @@ class Run:
         }
         self.loss, self.optimiser, self.schedule = loss, optimiser, schedule
         self.columns = {
-            f.name: per_member_column(
-                f.name, getattr(optimiser, f.name), size, self.p.flat
+            f.name: _column(
+                f.name, getattr(optimiser, f.name), size, self.p.flat.device
             )
             for f in fields(optimiser)
             if not isinstance(getattr(optimiser, f.name), (bool, str))
@@ -528,7 +530,7 @@ class Run:
         self.members = torch.arange(size, device=self.p.flat.device)
         self.stopped_at = torch.zeros_like(self.members)
         self.diverged = torch.zeros_like(self.members, dtype=torch.bool)
-        self.recorder = Recorder(size)
+        self.recorder = _Recorder(size)
         self.lead()
 
     def lead(self) -> None:
@@ -547,7 +549,7 @@ class Run:
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Zero what is masked, and remember to keep it so."""
-        chosen("masks", masks, self.p.views)
+        _chosen("masks", masks, self.p.views)
         if not masks:
             return
         full = Stack(torch.ones_like(self.p.flat), self.p.shapes)
@@ -610,11 +612,11 @@ class Run:
             g.mul_(self.masking)
         if (limit := h.pop("clip", None)) is not None:
             norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
-            g.mul_((limit / (norm + 1e-6)).clamp_(max=1.0))
+            scaled_(g, (limit / (norm + 1e-6)).clamp_(max=1.0))
         if self.schedule is not None:
             factor = self.schedule(t)
             if isinstance(factor, Tensor):
-                factor = factor.to(p)[self.members, None]
+                factor = factor.to(p.device)[self.members, None]
             h["lr"] = h["lr"] * factor
         self.shrink(h)
         self.optimiser.update(self.p, self.g, self.slots, t + 1, h)
@@ -628,10 +630,11 @@ class Run:
         if not self.optimiser.decoupled:
             scaled_add_(g, p, decay)
         elif self.hook is None:
-            p.mul_(1 - h["lr"] * decay)
+            scaled_(p, 1 - h["lr"] * decay)
         else:
             rate = h["lr"] * decay
-            rate = rate[:, 0] if isinstance(rate, Tensor) else rate
+            if isinstance(rate, Tensor):
+                rate = rate[:, 0].to(self.p.flat.dtype)
             self.hook(self.p.views, rate)
             if self.masking is not None:
                 self.p.flat.mul_(self.masking)
@@ -742,7 +745,7 @@ def fit(
         For arguments that do not fit together.
     """
     began = time.perf_counter()
-    size = checked_params(params)
+    size = _checked_params(params)
     if steps < 0 or every < 1:
         raise ValueError(
             f"steps, every: got {steps}, {every}; at least 0 and 1 are needed"
@@ -750,9 +753,9 @@ def fit(
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     batches = batches or (lambda t, alive: Batch(t, alive))
     run = Run(params, loss, optimiser, trainable, decay, schedule)
-    run.own = checked_own(per_member or {}, size)
+    run.own = _checked_own(per_member or {}, size)
     if clip is not None:
-        run.columns["clip"] = per_member_column("clip", clip, size, run.p.flat)
+        run.columns["clip"] = _column("clip", clip, size, run.members.device)
     run.set_masks(masks or {})
     snapshots, wanted = {}, set(checkpoints)
     for t in range(steps + 1):
@@ -785,7 +788,7 @@ def fit(
     lost = run.diverged.cpu()
     run.stopped_at[run.members] = t
     stopped_at = run.stopped_at.cpu()
-    stopped_at[lost] = first_bad(history["loss"])[lost]
+    stopped_at[lost] = _first_bad(history["loss"])[lost]
     if lost.any():
         warnings.warn(
             f"{int(lost.sum())} of {size} members diverged: "
@@ -912,7 +915,7 @@ class Supervised:
         return losses.flatten(1).mean(1), {"outputs": outputs}
 
 # %% ../../nbs/lab/ensemble.ipynb #f94a6b6c
-def tree_map(function: Callable, tree: Any) -> Any:
+def _tree_map(function: Callable, tree: Any) -> Any:
     """Apply to a tensor, or to each tensor of a dict."""
     if isinstance(tree, Mapping):
         return {k: function(v) for k, v in tree.items()}
@@ -1080,8 +1083,8 @@ class Ensemble:
         kind = type(self.template).__name__
         parts = [f"{len(self)} x {kind}, {size} parameters each"]
         if self.seeds:
-            parts.append(f"seeds {shown(self.seeds)}")
-        parts += [f"{k} {shown(v.tolist())}" for k, v in self.hyper.items()]
+            parts.append(f"seeds {_shown(self.seeds)}")
+        parts += [f"{k} {_shown(v.tolist())}" for k, v in self.hyper.items()]
         if self.stopped_at is not None:
             parts.append(f"{int(self.stopped_at.max())} steps")
             parts.append(f"{self.seconds:.2f} s")
@@ -1205,7 +1208,7 @@ class Ensemble:
     ) -> Scores:
         """Mean loss and accuracy of every member on `(x, y)`."""
         outputs = self.predict(x, batch_size)
-        return scores(outputs, y.to(outputs.device)[None], self.criterion)
+        return _scores(outputs, y.to(outputs.device)[None], self.criterion)
 
     def map(self, measure: Callable[[nn.Module], Any]) -> Any:
         """`measure(module)` of every member; stacked where they are numbers."""
@@ -1218,7 +1221,7 @@ class Ensemble:
         return found
 
 
-def shown(values: Sequence) -> str:
+def _shown(values: Sequence) -> str:
     """A few values, or their range."""
     distinct = list(dict.fromkeys(values))
     if len(distinct) > 4:
@@ -1226,7 +1229,7 @@ def shown(values: Sequence) -> str:
     return ", ".join(f"{v:.6g}" for v in distinct)
 
 
-def scores(outputs: Tensor, y: Tensor, criterion: Callable) -> Scores:
+def _scores(outputs: Tensor, y: Tensor, criterion: Callable) -> Scores:
     """Mean loss and accuracy `[S]` of outputs `[S, N, ...]`."""
     loss = criterion(outputs, y).flatten(1).mean(1)
     if y.is_floating_point():
@@ -1234,24 +1237,24 @@ def scores(outputs: Tensor, y: Tensor, criterion: Callable) -> Scores:
     return Scores(loss, accuracy(outputs, y))
 
 # %% ../../nbs/lab/ensemble.ipynb #95ee1518
-aten = torch.ops.aten
-BLOCK = 512
+_ATEN = torch.ops.aten
+BLOCK = 512  # rows of a batch worked through at a time
 
 # activation: forward in place; backward in place, given the output
-ACTIVATIONS: dict[type, tuple[Callable, Callable]] = {
+_INPLACE: dict[type, tuple[Callable, Callable]] = {
     nn.ReLU: (
         torch.relu_,
-        lambda g, h: aten.threshold_backward.grad_input(
+        lambda g, h: _ATEN.threshold_backward.grad_input(
             g, h, 0, grad_input=g
         ),
     ),
     nn.Tanh: (
         torch.tanh_,
-        lambda g, h: aten.tanh_backward.grad_input(g, h, grad_input=g),
+        lambda g, h: _ATEN.tanh_backward.grad_input(g, h, grad_input=g),
     ),
     nn.Sigmoid: (
         torch.sigmoid_,
-        lambda g, h: aten.sigmoid_backward.grad_input(g, h, grad_input=g),
+        lambda g, h: _ATEN.sigmoid_backward.grad_input(g, h, grad_input=g),
     ),
 }
 
@@ -1281,7 +1284,7 @@ def chain_of(module: nn.Module, prefix: str = "") -> list | None:
             weight = f"{path}.weight".lstrip(".")
             bias = f"{path}.bias".lstrip(".")
             layers.append([weight, None if part.bias is None else bias, None])
-        elif type(part) in ACTIVATIONS and layers and not layers[-1][2]:
+        elif type(part) in _INPLACE and layers and not layers[-1][2]:
             layers[-1][2] = type(part)
         elif type(part) is nn.Flatten and not layers:
             if (part.start_dim, part.end_dim) != (1, -1):
@@ -1291,7 +1294,7 @@ def chain_of(module: nn.Module, prefix: str = "") -> list | None:
     return layers or None
 
 
-def logit_gradient(
+def _logit_gradient(
     criterion: Callable, logits: Tensor, y: Any
 ) -> tuple[Tensor, Tensor]:
     """Losses `[A, B]` and their gradient `[A, C, B]`, classes first."""
@@ -1341,7 +1344,7 @@ class ChainSupervised(Supervised):
             else:
                 torch.baddbmm(tensors[bias][..., None], w, h, out=out)
             if activation:
-                ACTIVATIONS[activation][0](out)
+                _INPLACE[activation][0](out)
             hs.append(out)
         return hs
 
@@ -1356,9 +1359,9 @@ class ChainSupervised(Supervised):
         value, outputs = 0.0, []
         for at in range(0, total, BLOCK):
             part = slice(at, at + BLOCK)
-            y = tree_map(lambda v, part=part: v[:, part], batch.y)
+            y = _tree_map(lambda v, part=part: v[:, part], batch.y)
             hs = self.activations(params, batch.x[:, part])
-            losses, delta = logit_gradient(self.criterion, hs[-1], y)
+            losses, delta = _logit_gradient(self.criterion, hs[-1], y)
             self.backward(params, hs, delta.div_(total), grads, at > 0)
             value = value + losses.sum(1)
             outputs.append(hs[-1].mT)
@@ -1382,7 +1385,7 @@ class ChainSupervised(Supervised):
             weight, bias, activation = self.layers[k]
             w, h = params[weight], hs[k]
             if activation:
-                ACTIVATIONS[activation][1](delta, hs[k + 1])
+                _INPLACE[activation][1](delta, hs[k + 1])
             if weight in grads:
                 out = self.buffer(("w", k), w.shape, w)
                 h = h.expand(len(w), -1, -1).mT
@@ -1395,7 +1398,7 @@ class ChainSupervised(Supervised):
                 delta = torch.bmm(w.mT, delta, out=below)
 
 # %% ../../nbs/lab/ensemble.ipynb #631c55ef
-def stacked_modules(
+def _stacked_modules(
     model: Any, seeds: Sequence[int], init: Any, dtype, device
 ) -> Ensemble:
     """The untrained members."""
@@ -1446,7 +1449,7 @@ def stacked_modules(
     )
 
 
-def checked_seeds(seeds: Any) -> tuple[int, ...]:
+def _checked_seeds(seeds: Any) -> tuple[int, ...]:
     """A tuple of ints; one int stands for itself."""
     if isinstance(seeds, (int, np.integer)):
         seeds = [seeds]
@@ -1456,7 +1459,7 @@ def checked_seeds(seeds: Any) -> tuple[int, ...]:
     return seeds
 
 
-def checked_data(
+def _checked_data(
     data: Any, size: int, per_member, rows, batch_size, dtype, device
 ) -> tuple[Tensor, Any, Tensor | None]:
     """X, y and rows, on the device, if they fit together."""
@@ -1515,7 +1518,7 @@ def checked_data(
     return x, y, rows
 
 
-def check_labels(y: Any, outputs: Tensor) -> None:
+def _check_labels(y: Any, outputs: Tensor) -> None:
     """Refuse labels outside of the model's classes."""
     if isinstance(y, Tensor) and not y.is_floating_point():
         low, high, classes = int(y.min()), int(y.max()), outputs.shape[-1]
@@ -1539,13 +1542,13 @@ class Watch:
         self.x, self.y = x.to(device), y.to(device)
 
     def __call__(self, state: State) -> None:
-        found = scores(state.outputs(self.x), self.y[None], self.criterion)
+        found = _scores(state.outputs(self.x), self.y[None], self.criterion)
         state.record(f"{self.name}_loss", found.loss)
         if not self.y.is_floating_point():
             state.record(f"{self.name}_accuracy", found.accuracy)
 
 
-def objective_for(
+def _objective_for(
     start: Ensemble, criterion: Callable, engine: str
 ) -> Supervised:
     """The general path, or the fast one where it applies."""
@@ -1649,10 +1652,10 @@ def train(
         seeds = model.seeds
     if seeds is None:
         raise ValueError("seeds: missing; one for each member is needed")
-    seeds = checked_seeds(seeds)
-    start = stacked_modules(model, seeds, init, dtype, device)
+    seeds = _checked_seeds(seeds)
+    start = _stacked_modules(model, seeds, init, dtype, device)
     dtype = next(iter(start.params.values())).dtype
-    x, y, rows = checked_data(
+    x, y, rows = _checked_data(
         data, len(seeds), per_member, rows, batch_size, dtype, device
     )
     if not callable(loss) and loss not in LOSSES:
@@ -1665,10 +1668,10 @@ def train(
             raise ValueError("smoothing: only cross entropy has it")
         criterion = partial(cross_entropy, smoothing=smoothing)
     batches = Batches(x, y, seeds, batch_size, rows, per_member)
-    objective = objective_for(start, criterion, engine)
+    objective = _objective_for(start, criterion, engine)
     if loss == "cross_entropy":
         probe = batches.first()
-        check_labels(y, objective.forward(start.tensors(), probe))
+        _check_labels(y, objective.forward(start.tensors(), probe))
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     for name, (wx, wy) in (watch or {}).items():
         callbacks.insert(0, Watch(name, wx, wy, criterion, dtype, device))

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['INITIALISATIONS', 'ACTIVATIONS', 'generator', 'checked_seed', 'reset', 'lecun_', 'initialise', 'is_matrix', 'seeded',
-           'named', 'Residual', 'mlp', 'group_norm', 'conv_block', 'convnet', 'resnet', 'Attention', 'Transformer',
-           'transformer', 'Recurrent', 'recurrent']
+__all__ = ['INITIALISATIONS', 'ACTIVATIONS', 'generator', 'checked_seed', 'reset', 'initialise', 'seeded', 'Residual', 'mlp',
+           'group_norm', 'convnet', 'resnet', 'Attention', 'Transformer', 'transformer', 'Recurrent', 'recurrent']
 
 # %% ../../nbs/lab/models.ipynb #9bdd2cce
 def generator(
@@ -87,7 +86,7 @@ def reset(module: nn.Module, seed: int, stream: str = "init") -> nn.Module:
     return module
 
 # %% ../../nbs/lab/models.ipynb #6f65f478
-def lecun_(weight: Tensor, generator: torch.Generator) -> Tensor:
+def _lecun_(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Normal with variance 1 / fan_in."""
     fan_in = weight[0].numel()
     return weight.normal_(0, fan_in**-0.5, generator=generator)
@@ -100,9 +99,9 @@ INITIALISATIONS: dict[str, Callable] = {
     ),
     "xavier": nn.init.xavier_normal_,
     "xavier_uniform": nn.init.xavier_uniform_,
-    "lecun": lecun_,
+    "lecun": _lecun_,
     "orthogonal": nn.init.orthogonal_,
-    "mup": lecun_,
+    "mup": _lecun_,
 }
 
 
@@ -141,7 +140,7 @@ def initialise(
         )
     reset(module, seed, stream)
     matrices = [
-        p for n, p in module.named_parameters() if is_matrix(n, p)
+        p for n, p in module.named_parameters() if _is_matrix(n, p)
     ]
     draws = generator(seed, stream)
     with torch.no_grad():
@@ -158,7 +157,7 @@ def initialise(
     return module
 
 
-def is_matrix(name: str, parameter: Tensor) -> bool:
+def _is_matrix(name: str, parameter: Tensor) -> bool:
     """Whether it is a weight with two or more dimensions."""
     return name.rpartition(".")[2] == "weight" and parameter.ndim > 1
 
@@ -181,7 +180,7 @@ def seeded(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return builder
 
 
-def named(kind: str, name: Any, options: dict[str, Any]) -> Any:
+def _named(kind: str, name: Any, options: dict[str, Any]) -> Any:
     """An option by its name, or a ValueError that lists them."""
     if name not in options:
         raise ValueError(
@@ -242,8 +241,8 @@ def mlp(
             f"sizes: got {list(sizes)}; two or more positive widths are "
             "accepted"
         )
-    act = named("activation", activation, ACTIVATIONS)
-    normal = named("norm", norm, {None: None, "layer": nn.LayerNorm})
+    act = _named("activation", activation, ACTIVATIONS)
+    normal = _named("norm", norm, {None: None, "layer": nn.LayerNorm})
     layers: list[nn.Module] = [nn.Flatten()]
     for k, (fan_in, fan_out) in enumerate(zip(sizes[:-2], sizes[1:-1])):
         part = [nn.Linear(fan_in, fan_out, bias=bias)]
@@ -261,11 +260,11 @@ def group_norm(channels: int, groups: int = 4) -> nn.GroupNorm:
     return nn.GroupNorm(int(np.gcd(groups, channels)), channels)
 
 
-def conv_block(
+def _conv_block(
     fan_in: int, fan_out: int, norm: str | None, act: Callable, stride: int = 1
 ) -> list[nn.Module]:
     """Convolution 3x3, normalisation, activation."""
-    make = named("norm", norm, {None: None, "group": group_norm})
+    make = _named("norm", norm, {None: None, "group": group_norm})
     conv = nn.Conv2d(
         fan_in, fan_out, 3, stride=stride, padding=1, bias=make is None
     )
@@ -293,11 +292,11 @@ def convnet(
     activation
         One of `ACTIVATIONS`.
     """
-    act = named("activation", activation, ACTIVATIONS)
+    act = _named("activation", activation, ACTIVATIONS)
     layers: list[nn.Module] = []
     for k, pair in enumerate(zip(channels[:-1], channels[1:])):
         layers += [nn.AvgPool2d(2)] if k else []
-        layers += conv_block(*pair, norm, act)
+        layers += _conv_block(*pair, norm, act)
     return nn.Sequential(
         *layers,
         nn.AdaptiveAvgPool2d(1),
@@ -326,15 +325,15 @@ def resnet(
     classes, norm, activation
         As in `convnet`.
     """
-    act = named("activation", activation, ACTIVATIONS)
-    layers = conv_block(channels[0], channels[1], norm, act)
+    act = _named("activation", activation, ACTIVATIONS)
+    layers = _conv_block(channels[0], channels[1], norm, act)
     width = channels[1]
     for stage, fan_out in enumerate(channels[1:]):
         for block in range(blocks):
             stride = 2 if stage and not block else 1
             body = nn.Sequential(
-                *conv_block(width, fan_out, norm, act, stride),
-                *conv_block(fan_out, fan_out, norm, act)[:-1],
+                *_conv_block(width, fan_out, norm, act, stride),
+                *_conv_block(fan_out, fan_out, norm, act)[:-1],
             )
             change = width != fan_out or stride > 1
             skip = (
@@ -462,7 +461,7 @@ def transformer(
         "mean" or "last" position for one answer `[B, outputs]` a sequence;
         None for one a position `[B, T, outputs]`.
     """
-    named("pool", pool, dict.fromkeys((None, "mean", "last")))
+    _named("pool", pool, dict.fromkeys((None, "mean", "last")))
     return Transformer(
         inputs, outputs, length, width, heads, depth, causal, tokens, pool
     )
@@ -473,7 +472,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, inputs, hidden, outputs, cell, tokens, pool):
         super().__init__()
-        gates = named("cell", cell, {"rnn": 1, "gru": 3})
+        gates = _named("cell", cell, {"rnn": 1, "gru": 3})
         self.cell, self.hidden, self.pool = cell, hidden, pool
         self.embed = nn.Embedding(inputs, hidden) if tokens else nn.Identity()
         self.read = nn.Linear(hidden if tokens else inputs, gates * hidden)
@@ -527,5 +526,5 @@ def recurrent(
     pool
         "last" for one answer a sequence, None for one a position.
     """
-    named("pool", pool, dict.fromkeys((None, "last")))
+    _named("pool", pool, dict.fromkeys((None, "last")))
     return Recurrent(inputs, hidden, outputs, cell, tokens, pool)

@@ -44,8 +44,8 @@ _BINDING = ("id", "statement", "measure", "in_words", "seeds", "alpha",
 _START = time.monotonic()
 
 # %% auto #0
-__all__ = ['SCALES', 'FIRST_SEED', 'RegistrationError', 'registration_hash', 'original', 'Claim', 'load_claims', 'register',
-           'changed_silently']
+__all__ = ['SCALES', 'FIRST_SEED', 'RegistrationError', 'registration_hash', 'original', 'Claim', 'conclude', 'load_claims',
+           'register', 'changed_silently']
 
 # %% ../../nbs/protocol/claims.ipynb #8fb118f7
 class RegistrationError(ValueError):
@@ -287,7 +287,7 @@ class Claim:
             deviations.append(
                 f"{len(seeds)} seeds instead of the {registered} registered"
             )
-        verdict = _verdict(says, behaves)
+        verdict = conclude(says, behaves)
         seconds = time.monotonic() - _START if seconds is None else seconds
         order = {"evidence": 0, "control": 1, "shown": 2}
         rows = [_row(f, roles[name]) for name, f in found.items()]
@@ -331,7 +331,22 @@ class Claim:
 _BEHAVES = {Outcome.SUPPORTS: "holds", Outcome.REFUTES: "fails"}
 
 
-def _verdict(says: Outcome, behaves: Outcome) -> str:
+def conclude(says: Outcome, behaves: Outcome) -> str:
+    """Turn what rule and control say into a verdict.
+
+    Parameters
+    ----------
+    says
+        Outcome of the rule.
+    behaves
+        Outcome of the control's rule; it supports when the effect is absent
+        where it must be.
+
+    Returns
+    -------
+    str
+        reproduced, not reproduced, inconclusive or invalid.
+    """
     if says is Outcome.INAPPLICABLE or behaves is Outcome.REFUTES:
         return "invalid"
     if says is Outcome.REFUTES:

@@ -14,6 +14,10 @@ import numpy as np
 from scipy import stats
 
 from .logic import Outcome
+from reappraisal.protocol.multiplicity import (
+    power_of_interval,
+    replicates_to_settle,
+)
 from .statistics import ESTIMATORS, TESTS, Interval
 
 # %% auto #0
@@ -248,21 +252,19 @@ class Finding:
         return c.kind == "effect" and self.hi < c.null
 
     @property
-    def spread(self) -> float | None:
-        """Standard error implied by the lower half of the interval."""
-        if not (math.isfinite(self.lo) and self.lo < self.estimate):
-            return None
-        return (self.estimate - self.lo) / stats.norm.isf((1 - self.level) / 2)
+    def interval(self) -> Interval:
+        """Estimate and limits as the statistics take them."""
+        return Interval(self.estimate, self.lo, self.hi, self.level, self.n,
+                        self.method)
 
     @property
     def power(self) -> float | None:
         """Chance to tell the smallest effect of interest from none."""
         c = self.criterion
         size = c.sesoi if c.sesoi is not None else c.supports_above
-        if self.spread is None or size is None or size <= c.null:
+        if math.isnan(self.lo) or size is None or size <= c.null:
             return None
-        z = stats.norm.isf((1 - self.level) / 2)
-        return float(stats.norm.cdf((size - c.null) / self.spread - z))
+        return power_of_interval(self.interval, size, null=c.null)
 
     @property
     def replicates_needed(self) -> int | None:
@@ -271,14 +273,10 @@ class Finding:
         if self.outcome is not Outcome.UNDECIDED or c.supports_above is None:
             return None
         if self.estimate > c.supports_above:
-            gap, half = self.estimate - c.supports_above, self.estimate - self.lo
-        elif c.refutes_below is not None and self.estimate < c.refutes_below:
-            gap, half = c.refutes_below - self.estimate, self.hi - self.estimate
-        else:
-            return None
-        if not math.isfinite(half):
-            return None
-        return max(self.n + 1, math.ceil(self.n * (half / gap) ** 2))
+            return replicates_to_settle(self.interval, c.supports_above)
+        if c.refutes_below is not None and self.estimate < c.refutes_below:
+            return replicates_to_settle(self.interval, c.refutes_below)
+        return None
 
 # %% ../../nbs/protocol/criteria.ipynb #dfd2249a
 def decide(

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from . import book as _book
 
 # %% auto #0
 __all__ = ['registrations_dir', 'read_yaml', 'Paper', 'load_papers', 'to_bibtex']
@@ -24,9 +27,8 @@ def registrations_dir(start: str | Path | None = None) -> Path:
     Parameters
     ----------
     start
-        Look for a checkout (a folder with `settings.ini` and `registrations`)
-        from here upwards; by default from the working directory. After that
-        the checkout that the package belongs to and the copy inside an
+        A folder inside a checkout; by default the working directory. After
+        that the checkout that the package belongs to and the copy inside an
         installed package are tried.
 
     Returns
@@ -38,18 +40,16 @@ def registrations_dir(start: str | Path | None = None) -> Path:
     FileNotFoundError
         If there is none.
     """
-    here = Path.cwd() if start is None else Path(start).resolve()
-    package = Path(__file__).resolve().parents[1] if "__file__" in globals() \
-        else here
-    for folder in (here, *here.parents, package.parent):
-        if (folder / "settings.ini").is_file():
-            found = folder / "registrations"
+    package = Path(_book.__file__).resolve().parents[1]
+    for place in (start, package):
+        with suppress(FileNotFoundError):
+            found = _book.find_root(place) / "registrations"
             if found.is_dir():
                 return found
     if (package / "registrations").is_dir():
         return package / "registrations"
     raise FileNotFoundError(
-        f"no registrations found: neither {here} nor a parent of it is a "
+        f"no registrations found: {start or Path.cwd()} is not inside a "
         f"checkout of the book, and the package carries none"
     )
 

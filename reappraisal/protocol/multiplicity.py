@@ -38,7 +38,12 @@ def holm(p: ArrayLike) -> np.ndarray:
     ValueError
         If p is empty, NaN, or not within 0 and 1.
     """
-    return _adjust(p, "holm")
+    p = _p_values(p)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted
 
 
 def benjamini_hochberg(p: ArrayLike) -> np.ndarray:
@@ -60,18 +65,16 @@ def benjamini_hochberg(p: ArrayLike) -> np.ndarray:
     ValueError
         If p is empty, NaN, or not within 0 and 1.
     """
-    return _adjust(p, "fdr_bh")
+    return scipy.stats.false_discovery_control(_p_values(p))
 
 
-def _adjust(p: ArrayLike, method: str) -> np.ndarray:
-    from statsmodels.stats.multitest import multipletests
-
+def _p_values(p: ArrayLike) -> np.ndarray:
     p = np.array(p, dtype=float)
     if p.ndim != 1 or p.size == 0 or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(
             f"p: got {p!r}; expected one p-value in [0, 1] per test"
         )
-    return multipletests(p, method=method)[1]
+    return p
 
 # %% ../../nbs/protocol/multiplicity.ipynb #e664319f
 @dataclass(frozen=True)

@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .data import Dataset
 from .models import checked_seed, generator
 
 # %% auto #0
-__all__ = ['OPERATIONS', 'ModularTask', 'modular']
+__all__ = ['OPERATIONS', 'TEACHERS', 'ModularTask', 'modular', 'SparseParity', 'sparse_parity', 'BayesError', 'GaussianMixture',
+           'gaussian_mixture', 'Teacher', 'teacher', 'DFA', 'parity_language', 'random_dfa', 'Dyck', 'Blocks',
+           'labelled', 'spirals', 'moons', 'circles', 'random_labels']
 
 # %% ../../nbs/lab/synthetic.ipynb #d2685d99
 def _is_prime(p: int) -> bool:
@@ -184,3 +188,899 @@ def modular(
     return ModularTask(
         X, y, clean, train, corrupted, p, op, seed, bool(random_table)
     )
+
+# %% ../../nbs/lab/synthetic.ipynb #56986174
+def _all_bits(bits: int) -> Tensor:
+    """Every row of +1 and -1 [2 ** bits, bits]."""
+    rows = torch.arange(2**bits)[:, None]
+    return 1.0 - 2.0 * (rows >> torch.arange(bits) & 1)
+
+
+def _computed(X: Tensor, y: Tensor, name: str, classes, **extra) -> Dataset:
+    """A data set without an owner."""
+    return Dataset(
+        X, y, name, "classification" if classes else "regression",
+        classes=tuple(str(c) for c in classes), item=tuple(X.shape[1:]),
+        licence="computed", source="reappraisal.lab.synthetic", **extra,
+    )
+
+
+@dataclass(frozen=True)
+class SparseParity:
+    """The product of a few of many bits.
+
+    Parameters
+    ----------
+    bits : int
+        Length of an input.
+    support : tuple of int
+        Positions that count.
+    """
+
+    bits: int
+    support: tuple[int, ...]
+
+    def label(self, X: Tensor) -> Tensor:
+        """1 where the product of the supporting bits is -1, else 0.
+
+        Parameters
+        ----------
+        X : Tensor [..., bits] of +1 and -1
+
+        Returns
+        -------
+        Tensor [...], int64
+        """
+        return (X[..., list(self.support)] < 0).sum(-1) % 2
+
+    def every(self) -> Dataset:
+        """All 2 ** bits inputs (at most 20 bits).
+
+        Raises
+        ------
+        ValueError
+            If there are more than 20 bits.
+        """
+        if self.bits > 20:
+            raise ValueError(f"bits: {self.bits} is too many to list")
+        X = _all_bits(self.bits)
+        return _computed(X, self.label(X), "sparse parity", (0, 1))
+
+    def sample(self, n: int, seed: int) -> Dataset:
+        """Inputs drawn uniformly, with repetition.
+
+        Parameters
+        ----------
+        n, seed : int
+        """
+        coins = torch.randint(
+            2, (n, self.bits), generator=generator(seed, "inputs")
+        )
+        X = 1.0 - 2.0 * coins
+        return _computed(X, self.label(X), "sparse parity", (0, 1))
+
+
+def sparse_parity(bits: int, k: int, seed: int) -> SparseParity:
+    """A parity of k bits in places drawn at random.
+
+    Parameters
+    ----------
+    bits, k : int
+        0 < k <= bits.
+    seed : int
+        Chooses the places.
+
+    Returns
+    -------
+    SparseParity
+
+    Raises
+    ------
+    ValueError
+        If k is not in 1..bits.
+    """
+    if not 1 <= k <= bits:
+        raise ValueError(f"k: got {k}, accepted is 1 to {bits} (bits)")
+    order = torch.randperm(bits, generator=generator(seed, "support"))
+    return SparseParity(bits, tuple(sorted(order[:k].tolist())))
+
+# %% ../../nbs/lab/synthetic.ipynb #5f2141d4
+class BayesError(NamedTuple):
+    """The smallest possible error and its standard error (0 if exact)."""
+
+    error: float
+    se: float
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianMixture:
+    """Spherical Gaussian classes, with labels that may be flipped.
+
+    Parameters
+    ----------
+    means : Tensor [C, d], float64
+    scale : float
+        Standard deviation in every direction.
+    weights : Tensor [C], float64
+        Probabilities of the classes.
+    flip : float
+        Probability of a wrong label, below 1 - 1 / C.
+    """
+
+    means: Tensor
+    scale: float
+    weights: Tensor
+    flip: float = 0.0
+
+    def sample(self, n: int, seed: int) -> Dataset:
+        """Points with their labels; `clean` holds the labels unflipped.
+
+        Parameters
+        ----------
+        n, seed : int
+
+        Returns
+        -------
+        Dataset
+            X [n, d], float32.
+        """
+        rng = generator(seed, "mixture")
+        C, d = self.means.shape
+        clean = torch.multinomial(self.weights, n, True, generator=rng)
+        noise = torch.randn(n, d, generator=rng, dtype=torch.float64)
+        X = self.means[clean] + self.scale * noise
+        flips = generator(seed, "flips")
+        hit = torch.rand(n, generator=flips) < self.flip
+        shift = torch.randint(1, max(C, 2), (n,), generator=flips)
+        y = torch.where(hit, (clean + shift) % C, clean)
+        return _computed(X.float(), y, "gaussian mixture", range(C),
+                         clean=clean)
+
+    def posterior(self, X: Tensor) -> Tensor:
+        """Probability of every (possibly flipped) label given X.
+
+        Parameters
+        ----------
+        X : Tensor [N, d]
+
+        Returns
+        -------
+        Tensor [N, C], float64
+        """
+        distance = torch.cdist(X.double(), self.means) / self.scale
+        pure = (self.weights.log() - distance**2 / 2).softmax(1)
+        others = self.flip / max(1, len(self.means) - 1)
+        return (1 - self.flip) * pure + others * (1 - pure)
+
+    def bayes_error(self, n: int = 100_000, seed: int = 0) -> BayesError:
+        """Error of the best possible classifier on its labels.
+
+        Parameters
+        ----------
+        n, seed : int
+            Draws for the mean where there is no closed form.
+
+        Returns
+        -------
+        BayesError
+            Exact for two classes, and for equally likely classes at
+            equal distances.
+        """
+        from scipy import integrate
+        from scipy.stats import norm
+
+        C = len(self.means)
+        gaps = torch.pdist(self.means) / self.scale
+        even = torch.allclose(self.weights, self.weights.mean())
+        se = 0.0
+        if C == 2:
+            gap, (a, b) = float(gaps), self.weights.tolist()
+            if gap == 0:
+                error = min(a, b)
+            else:
+                tilt = math.log(a / b) / gap
+                error = float(a * norm.cdf(-gap / 2 - tilt)
+                              + b * norm.cdf(-gap / 2 + tilt))
+        elif even and torch.allclose(gaps, gaps.mean()):
+            lift = float(gaps.mean()) / math.sqrt(2)
+            hit = integrate.quad(
+                lambda z: norm.pdf(z) * norm.cdf(z + lift) ** (C - 1),
+                -10, 10, epsabs=1e-12,
+            )[0]
+            error = 1 - hit
+        else:
+            pure = GaussianMixture(self.means, self.scale, self.weights)
+            miss = 1 - pure.posterior(pure.sample(n, seed).X).amax(1)
+            error, se = float(miss.mean()), float(miss.std()) / n**0.5
+        slope = 1 - self.flip - self.flip / max(1, C - 1)
+        return BayesError(self.flip + slope * error, abs(slope) * se)
+
+
+def gaussian_mixture(
+    classes: int,
+    dims: int,
+    separation: float,
+    seed: int,
+    *,
+    weights: Sequence[float] | None = None,
+    flip: float = 0.0,
+) -> GaussianMixture:
+    """Gaussian classes with means at equal distances, turned at random.
+
+    Parameters
+    ----------
+    classes : int
+        At least 2, at most `dims`.
+    dims : int
+    separation : float
+        Distance between any two means, in standard deviations.
+    seed : int
+        Chooses the directions.
+    weights : sequence of `classes` positive numbers, optional
+        Relative frequencies; equal by default.
+    flip : float
+        Share of wrong labels, in [0, 1 - 1 / classes).
+
+    Returns
+    -------
+    GaussianMixture
+        With scale 1.
+
+    Raises
+    ------
+    ValueError
+        If an argument is outside what is said above.
+    """
+    if not 2 <= classes <= dims:
+        raise ValueError(
+            f"classes: got {classes}, accepted is 2 to dims = {dims}"
+        )
+    if not separation >= 0:
+        raise ValueError(f"separation: got {separation}, accepted is >= 0")
+    if not 0 <= flip < 1 - 1 / classes:
+        raise ValueError(
+            f"flip: got {flip}, accepted is [0, {1 - 1 / classes:.3f})"
+        )
+    w = torch.ones(classes).double() if weights is None else torch.as_tensor(
+        weights, dtype=torch.float64
+    )
+    if w.shape != (classes,) or not (w > 0).all():
+        raise ValueError(
+            f"weights: expected {classes} positive numbers, got {weights!r}"
+        )
+    turn = torch.linalg.qr(
+        torch.randn(dims, dims, generator=generator(seed, "means"),
+                    dtype=torch.float64)
+    )[0]
+    means = turn[:classes] * separation / math.sqrt(2)
+    return GaussianMixture(means, 1.0, w / w.sum(), float(flip))
+
+# %% ../../nbs/lab/synthetic.ipynb #46864029
+TEACHERS = "linear", "perceptron", "committee"
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A known function of Gaussian inputs.
+
+    Parameters
+    ----------
+    kind : {'linear', 'perceptron', 'committee'}
+    W : Tensor [M, d], float64
+        Weights; a field is W x / sqrt(d).
+    v : Tensor [M], float64
+        Read-out.
+    noise : float
+        Standard deviation added to real labels; for the perceptron, to
+        the field before the sign.
+    """
+
+    kind: str
+    W: Tensor
+    v: Tensor
+    noise: float = 0.0
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """Labels without noise.
+
+        Parameters
+        ----------
+        X : Tensor [N, d]
+
+        Returns
+        -------
+        Tensor [N]
+            float64, or classes 0 and 1 (int64) for the perceptron.
+        """
+        out = self._out(X)
+        return (out > 0).long() if self.kind == "perceptron" else out
+
+    def _out(self, X: Tensor) -> Tensor:
+        fields = X.double() @ self.W.T / math.sqrt(self.W.shape[1])
+        if self.kind == "committee":
+            fields = torch.erf(fields / math.sqrt(2))
+        return fields @ self.v
+
+    def sample(self, n: int, seed: int) -> Dataset:
+        """Standard normal inputs and their labels, with noise.
+
+        Parameters
+        ----------
+        n, seed : int
+
+        Returns
+        -------
+        Dataset
+            X [n, d] float32; y [n] float32, or int64 classes.
+        """
+        X = torch.randn(
+            n, self.W.shape[1], generator=generator(seed, "inputs")
+        )
+        noise = torch.randn(n, generator=generator(seed, "noise"))
+        y = self._out(X) + self.noise * noise.double()
+        if self.kind == "perceptron":
+            return _computed(X, (y > 0).long(), "perceptron teacher", (0, 1))
+        return _computed(X, y.float(), f"{self.kind} teacher", ())
+
+    def error_of(self, W: Tensor, v: Tensor | None = None) -> Tensor:
+        """Exact error of students on fresh inputs, against clean labels.
+
+        Parameters
+        ----------
+        W : Tensor [..., K, d]
+            Students of the same kind; leading dimensions are members.
+        v : Tensor [..., K], optional
+            Their read-outs; ones by default.
+
+        Returns
+        -------
+        Tensor [...], float64
+            Mean squared error, or share of wrong signs.
+
+        Raises
+        ------
+        ValueError
+            If the students' inputs have another dimension, or a
+            perceptron has more than one unit.
+        """
+        d = self.W.shape[1]
+        if W.shape[-1:] != (d,) or W.ndim < 2:
+            raise ValueError(
+                f"W: expected [..., units, {d}], got {tuple(W.shape)}"
+            )
+        W = W.double()
+        v = W.new_ones(W.shape[:-1]) if v is None else v.double()
+        whole = torch.cat([W, self.W.expand(*W.shape[:-2], -1, -1)], -2)
+        u = torch.cat([v, -self.v.expand(*v.shape[:-1], -1)], -1)
+        G = whole @ whole.mT / d
+        if self.kind == "perceptron":
+            if G.shape[-1] != 2:
+                raise ValueError("W: a perceptron has one unit")
+            size = G.diagonal(dim1=-2, dim2=-1).prod(-1).sqrt()
+            turn = -torch.sign(u.prod(-1))
+            return torch.arccos((turn * G[..., 0, 1] / size).clamp(-1, 1)) \
+                / math.pi
+        if self.kind == "committee":
+            size = (1 + G.diagonal(dim1=-2, dim2=-1)).sqrt()
+            G = 2 / math.pi * torch.arcsin(
+                G / (size[..., :, None] * size[..., None, :])
+            )
+        return (u[..., None, :] @ G @ u[..., :, None])[..., 0, 0]
+
+
+def teacher(
+    kind: str, dims: int, seed: int, *, hidden: int = 1, noise: float = 0.0
+) -> Teacher:
+    """A teacher with orthogonal units of unit field variance.
+
+    Parameters
+    ----------
+    kind : {'linear', 'perceptron', 'committee'}
+    dims : int
+        Length of an input.
+    seed : int
+    hidden : int
+        Units of a committee, at most `dims`; 1 for the others.
+    noise : float
+        See `Teacher`.
+
+    Returns
+    -------
+    Teacher
+        With T the identity and read-outs 1.
+
+    Raises
+    ------
+    ValueError
+        If the kind is unknown or the sizes do not fit.
+    """
+    if kind not in TEACHERS:
+        raise ValueError(f"kind: got {kind!r}, accepted are {TEACHERS}")
+    most = dims if kind == "committee" else 1
+    if not 1 <= hidden <= most:
+        raise ValueError(
+            f"hidden: got {hidden}, accepted for {kind} is 1 to {most}"
+        )
+    if not noise >= 0:
+        raise ValueError(f"noise: got {noise}, accepted is >= 0")
+    draw = torch.randn(dims, hidden, generator=generator(seed, "teacher"),
+                       dtype=torch.float64)
+    W = torch.linalg.qr(draw)[0].T * math.sqrt(dims)
+    return Teacher(kind, W, W.new_ones(hidden), float(noise))
+
+# %% ../../nbs/lab/synthetic.ipynb #caed2717
+def _draw_paths(
+    start: int, table: np.ndarray, ways: list, length: int, n: int, rng
+) -> Tensor:
+    """Uniform accepted words of an automaton [n, length].
+
+    `ways[l][s]` counts accepted continuations of length l from s.
+    """
+    state = torch.full((n,), start)
+    step = torch.as_tensor(table)
+    words = torch.empty(n, length, dtype=torch.long)
+    for t in range(length):
+        now, after = ways[length - t], ways[length - t - 1]
+        # exact integers, divided only at the end
+        share = torch.tensor(
+            [[after[q] / now[s] if now[s] else 0.0 for q in row]
+             for s, row in enumerate(table.tolist())],
+            dtype=torch.float64,
+        )
+        words[:, t] = torch.multinomial(
+            share[state], 1, generator=rng
+        ).flatten()
+        state = step[state, words[:, t]]
+    return words
+
+
+@dataclass(frozen=True)
+class DFA:
+    """A regular language, as a finite automaton.
+
+    Parameters
+    ----------
+    table : tuple of tuple of int
+        table[state][symbol] is the next state.
+    accepting : tuple of int
+        States in which a word may end.
+    start : int
+    """
+
+    table: tuple[tuple[int, ...], ...]
+    accepting: tuple[int, ...]
+    start: int = 0
+
+    @property
+    def symbols(self) -> int:
+        """Size of the alphabet."""
+        return len(self.table[0])
+
+    def states(self, words: Tensor) -> Tensor:
+        """State after every prefix [N, L + 1], the empty one included.
+
+        Parameters
+        ----------
+        words : Tensor [N, L], int64
+        """
+        step = torch.tensor(self.table)
+        path = [torch.full((len(words),), self.start)]
+        for symbol in words.T:
+            path.append(step[path[-1], symbol])
+        return torch.stack(path, 1)
+
+    def accepts(self, words: Tensor) -> Tensor:
+        """Whether each word belongs to the language [N].
+
+        Parameters
+        ----------
+        words : Tensor [N, L], int64
+        """
+        final = self.states(words)[:, -1]
+        return torch.isin(final, torch.tensor(self.accepting))
+
+    def _ways(self, length: int) -> list[list[int]]:
+        ways = [[int(s in self.accepting) for s in range(len(self.table))]]
+        for _ in range(length):
+            ways.append([sum(ways[-1][q] for q in r) for r in self.table])
+        return ways
+
+    def count(self, length: int) -> int:
+        """Number of words of this length."""
+        return self._ways(length)[length][self.start]
+
+    def draw(self, length: int, n: int, seed: int) -> Tensor:
+        """Words of this length, uniformly [n, length].
+
+        Raises
+        ------
+        ValueError
+            If the language has no word of this length.
+        """
+        _some(self, length)
+        return _draw_paths(
+            self.start, np.array(self.table), self._ways(length), length, n,
+            generator(seed, "words"),
+        )
+
+
+def _some(language, length: int) -> None:
+    if length < 1 or not language.count(length):
+        raise ValueError(f"length: the language has no word of {length}")
+
+
+def parity_language(modulus: int = 2) -> DFA:
+    """Binary words whose number of ones is a multiple of the modulus.
+
+    Parameters
+    ----------
+    modulus : int
+        At least 2.
+
+    Raises
+    ------
+    ValueError
+        If the modulus is smaller.
+    """
+    if modulus < 2:
+        raise ValueError(f"modulus: got {modulus}, accepted is 2 or more")
+    table = tuple((s, (s + 1) % modulus) for s in range(modulus))
+    return DFA(table, (0,))
+
+
+def random_dfa(states: int, symbols: int, seed: int) -> DFA:
+    """A random automaton all of whose states can be reached.
+
+    Parameters
+    ----------
+    states, symbols : int
+        At least 2 each.
+    seed : int
+
+    Returns
+    -------
+    DFA
+        Half of the states (rounded down) accept.
+
+    Raises
+    ------
+    ValueError
+        If a size is below 2.
+    """
+    if states < 2 or symbols < 2:
+        raise ValueError(
+            f"states, symbols: at least 2 accepted, got {states}, {symbols}"
+        )
+    rng = generator(seed, "automaton")
+    while True:
+        table = torch.randint(states, (states, symbols), generator=rng)
+        reached, edge = {0}, [0]
+        while edge:
+            new = set(table[edge.pop()].tolist()) - reached
+            reached |= new
+            edge += new
+        if len(reached) == states:
+            break
+    accepting = torch.randperm(states, generator=rng)[: states // 2]
+    return DFA(
+        tuple(map(tuple, table.tolist())), tuple(sorted(accepting.tolist()))
+    )
+
+
+@dataclass(frozen=True)
+class Dyck:
+    """Balanced brackets of several kinds: context-free.
+
+    Parameters
+    ----------
+    kinds : int
+        Symbol 2 k opens kind k, symbol 2 k + 1 closes it.
+    """
+
+    kinds: int = 1
+
+    @property
+    def symbols(self) -> int:
+        """Size of the alphabet."""
+        return 2 * self.kinds
+
+    def accepts(self, words: Tensor) -> Tensor:
+        """Whether each word is balanced [N], by a stack.
+
+        Parameters
+        ----------
+        words : Tensor [N, L], int64
+        """
+        return torch.tensor([self._balanced(w) for w in words.tolist()],
+                            dtype=torch.bool)
+
+    def _balanced(self, word: list[int]) -> bool:
+        stack: list[int] = []
+        for s in word:
+            if s % 2 == 0:
+                stack.append(s)
+            elif not stack or stack.pop() != s - 1:
+                return False
+        return not stack
+
+    def count(self, length: int) -> int:
+        """Catalan's number of shapes times the choices of kinds."""
+        pairs, odd = divmod(length, 2)
+        if odd:
+            return 0
+        return math.comb(length, pairs) // (pairs + 1) * self.kinds**pairs
+
+    def draw(self, length: int, n: int, seed: int) -> Tensor:
+        """Balanced words of this length, uniformly [n, length].
+
+        Raises
+        ------
+        ValueError
+            If the length is odd or below 2.
+        """
+        _some(self, length)
+        rng = generator(seed, "words")
+        # shapes are paths of the depth; one state more is the dead end
+        top = length // 2
+        dead = top + 1
+        table = np.array(
+            [[min(s + 1, dead), s - 1 if s else dead] for s in range(dead)]
+            + [[dead, dead]]
+        )
+        shape = DFA(tuple(map(tuple, table.tolist())), (0,))
+        words = _draw_paths(
+            0, table, shape._ways(length), length, n, rng
+        )
+        kind = torch.randint(self.kinds, (n, length), generator=rng)
+        for row, chosen in zip(words, kind.tolist(), strict=True):
+            stack: list[int] = []
+            for t, closing in enumerate(row.tolist()):
+                if closing:
+                    row[t] = 2 * stack.pop() + 1
+                else:
+                    stack.append(chosen[t])
+                    row[t] = 2 * chosen[t]
+        return words
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """a^n b^n, a^n b^n c^n, ...: equal blocks, one after the other.
+
+    Parameters
+    ----------
+    blocks : int
+        2 is context-free, 3 or more context-sensitive.
+    """
+
+    blocks: int = 2
+
+    @property
+    def symbols(self) -> int:
+        """Size of the alphabet."""
+        return self.blocks
+
+    def accepts(self, words: Tensor) -> Tensor:
+        """Whether each word is in the language [N].
+
+        Parameters
+        ----------
+        words : Tensor [N, L], int64
+        """
+        n, odd = divmod(words.shape[1], self.blocks)
+        if odd or not n:
+            return torch.zeros(len(words), dtype=torch.bool)
+        word = torch.arange(self.blocks).repeat_interleave(n)
+        return (words == word).all(1)
+
+    def count(self, length: int) -> int:
+        """One word for every multiple of the number of blocks."""
+        return int(length > 0 and length % self.blocks == 0)
+
+    def draw(self, length: int, n: int, seed: int) -> Tensor:
+        """The word of this length, n times [n, length].
+
+        Raises
+        ------
+        ValueError
+            If the length is no multiple of the number of blocks.
+        """
+        _some(self, length)
+        word = torch.arange(self.blocks)
+        return word.repeat_interleave(length // self.blocks).repeat(n, 1)
+
+# %% ../../nbs/lab/synthetic.ipynb #4a585118
+def labelled(
+    language, length: int, n: int, seed: int, *, tries: int = 1000
+) -> Dataset:
+    """Words of a length, half of them members, half nearly so.
+
+    Parameters
+    ----------
+    language : DFA, Dyck, Blocks, or alike
+        With `symbols`, `accepts` and `draw`.
+    length : int
+    n : int
+        Rows, even.
+    seed : int
+    tries : int
+        How often to spoil a member before giving up.
+
+    Returns
+    -------
+    Dataset
+        X [n, length] int64 tokens; y is 1 for members.
+
+    Raises
+    ------
+    ValueError
+        If n is odd or below 2, there is no word of this length, or no
+        word can be spoiled.
+    """
+    if n < 2 or n % 2:
+        raise ValueError(f"n: got {n}, accepted are even numbers from 2")
+    good, bad = language.draw(length, n, seed).chunk(2)
+    rng = generator(seed, "spoil")
+    left = torch.arange(n // 2)
+    rows = bad.clone()
+    for _ in range(tries):
+        a, b = torch.randint(length, (2, len(left)), generator=rng)
+        shift = torch.randint(1, language.symbols, (len(left),),
+                              generator=rng)
+        swap = torch.rand(len(left), generator=rng) < 0.5
+        new, i = bad[left], torch.arange(len(left))
+        x, z = new[i, a].clone(), new[i, b].clone()
+        new[i, a] = torch.where(swap, z, (x + shift) % language.symbols)
+        new[i, b] = torch.where(swap, x, new[i, b])
+        wrong = ~language.accepts(new)
+        rows[left[wrong]] = new[wrong]
+        left = left[~wrong]
+        if not len(left):
+            break
+    else:
+        raise ValueError(
+            f"language: {len(left)} words could not be spoiled in {tries} "
+            "tries"
+        )
+    X = torch.cat([good, rows])
+    y = torch.cat([torch.ones(n // 2), torch.zeros(n // 2)]).long()
+    order = torch.randperm(n, generator=rng)
+    name = type(language).__name__.lower()
+    return _computed(X[order], y[order], name, ("outside", "member"))
+
+# %% ../../nbs/lab/synthetic.ipynb #a0f1a57b
+def spirals(
+    n: int, seed: int, *, classes: int = 2, turns: float = 1.5,
+    noise: float = 0.0,
+) -> Dataset:
+    """Interleaved spirals around the origin.
+
+    Parameters
+    ----------
+    n : int
+        Points, classes in turn.
+    seed : int
+    classes : int
+        Number of arms, at least 2.
+    turns : float
+        Windings from radius 0 to radius 1.
+    noise : float
+        Standard deviation of what is added to both coordinates.
+
+    Returns
+    -------
+    Dataset
+        X [n, 2].
+
+    Raises
+    ------
+    ValueError
+        If n or classes is too small or noise is negative.
+    """
+    _checked_plane(n, noise)
+    if classes < 2:
+        raise ValueError(f"classes: got {classes}, accepted is 2 or more")
+    rng = generator(seed, "plane")
+    y = torch.arange(n) % classes
+    # area grows with the square of the radius
+    radius = torch.rand(n, generator=rng).sqrt()
+    angle = 2 * math.pi * (turns * radius + y / classes)
+    X = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+    X = X + noise * torch.randn(n, 2, generator=rng)
+    return _computed(X, y, "spirals", range(classes))
+
+
+def _checked_plane(n: int, noise: float) -> None:
+    if n < 2 or not noise >= 0:
+        raise ValueError(
+            f"n, noise: accepted from 2 and from 0, got {n} and {noise}"
+        )
+
+
+def _sklearn_plane(name: str, n: int, seed: int, noise: float, **extra):
+    from sklearn import datasets
+
+    _checked_plane(n, noise)
+    state = int(torch.randint(2**31, (), generator=generator(seed, "plane")))
+    X, y = getattr(datasets, f"make_{name}")(
+        n, noise=noise, random_state=state, **extra
+    )
+    return _computed(torch.from_numpy(X).float(), torch.from_numpy(y), name,
+                     (0, 1))
+
+
+def moons(n: int, seed: int, *, noise: float = 0.1) -> Dataset:
+    """Two half circles that reach into each other.
+
+    Parameters
+    ----------
+    n, seed : int
+    noise : float
+        Standard deviation of what is added to both coordinates.
+
+    Returns
+    -------
+    Dataset
+        X [n, 2].
+
+    Raises
+    ------
+    ValueError
+        If n is below 2 or noise negative.
+    """
+    return _sklearn_plane("moons", n, seed, noise)
+
+
+def circles(
+    n: int, seed: int, *, noise: float = 0.05, factor: float = 0.5
+) -> Dataset:
+    """A circle (class 1) inside another (class 0).
+
+    Parameters
+    ----------
+    n, seed : int
+    noise : float
+        Standard deviation of what is added to both coordinates.
+    factor : float
+        Radius of the inner circle, in [0, 1).
+
+    Returns
+    -------
+    Dataset
+        X [n, 2].
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+    """
+    if not 0 <= factor < 1:
+        raise ValueError(f"factor: got {factor}, accepted is [0, 1)")
+    return _sklearn_plane("circles", n, seed, noise, factor=factor)
+
+# %% ../../nbs/lab/synthetic.ipynb #22ac92a9
+def random_labels(n: int, dims: int, classes: int, seed: int) -> Dataset:
+    """Standard normal inputs with independent, balanced labels.
+
+    Parameters
+    ----------
+    n, dims, classes, seed : int
+
+    Returns
+    -------
+    Dataset
+        X [n, dims]; class counts differ by at most 1.
+
+    Raises
+    ------
+    ValueError
+        If n or dims is below 1, or classes below 2.
+    """
+    if n < 1 or dims < 1 or classes < 2:
+        raise ValueError(
+            "n, dims, classes: accepted from 1, 1 and 2, got "
+            f"{n}, {dims} and {classes}"
+        )
+    X = torch.randn(n, dims, generator=generator(seed, "inputs"))
+    order = torch.randperm(n, generator=generator(seed, "labels"))
+    return _computed(X, order % classes, "random labels", range(classes))

@@ -28,8 +28,8 @@ stale: $(STAMP)
 	@$(BIN)/reappraisal run --scale book --write --stale
 
 site: $(STAMP)
-	@$(BIN)/jupyter-book build nbs --config _config.yml --toc _toc.yml \
-	  --path-output . --quiet
+	@$(BIN)/jupyter-book build nbs --quiet --path-output . \
+	  --config $(CURDIR)/_config.yml --toc $(CURDIR)/_toc.yml
 
 serve: book
 	$(BIN)/python -m http.server --directory _build/html 8000

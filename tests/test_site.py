@@ -34,7 +34,8 @@ def site(root, tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
     built = subprocess.run(
         [sys.executable, "-m", "jupyter_book", "build", "nbs", "--config",
-         "_config.yml", "--toc", "_toc.yml", "--path-output", str(out)],
+         str(root / "_config.yml"), "--toc", str(root / "_toc.yml"),
+         "--path-output", str(out)],
         cwd=root, capture_output=True, text=True,
     )
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]

@@ -76,6 +76,7 @@ def scoreboard(
     ledger: Ledger,
     written: set[str],
     href: Callable[[str], str],
+    base: str = "",
 ) -> str:
     """Draw the scoreboard.
 
@@ -86,6 +87,9 @@ def scoreboard(
     href
         Turns a document's name, such as ``dynamics/svd_factors``, into a link
         from the page that shows the scoreboard.
+    base
+        Path from that page to the folder with `verdicts.json`, ending in a
+        slash or empty.
 
     Returns
     -------
@@ -100,8 +104,12 @@ def scoreboard(
         for row in room_counts(papers, ledger, written)
     ]
     html = _table(
-        "Rooms: chapters written and verdicts so far",
-        ["room", "chapters", "papers", *VERDICTS, "registered, not yet run"],
+        "Rooms: chapters written, papers, and verdicts so far ("
+        + ", ".join(f"{mark} {v}" for v, (mark, _) in VERDICTS.items())
+        + "; to run: claims registered, without a verdict yet)",
+        ["room", "chapters", "papers",
+         *(f'<abbr title="{v}">{mark}</abbr>'
+           for v, (mark, _) in VERDICTS.items()), "to run"],
         rooms,
     )
     verdicts = []
@@ -116,6 +124,8 @@ def scoreboard(
             escape(row["statement"]), escape(effect_text(e.primary)), p,
             f"{row['n']}{', amended' if row['amended'] else ''}",
         ])
+    html += (f'<p>All numbers: <a href="{base}verdicts.csv">CSV</a>, '
+             f'<a href="{base}verdicts.json">JSON</a>.</p>')
     if verdicts:
         html += _table(
             "Verdicts at book scale; p is corrected over the whole book (Holm)",
@@ -161,6 +171,7 @@ def setup(app: Any) -> dict[str, Any]:
             html = scoreboard(
                 load_papers(root / "registrations"), Ledger.read(root),
                 written, lambda doc: builder.get_relative_uri(here, doc),
+                "../" * here.count("/"),
             )
             return [nodes.raw("", html, format="html")]
 

@@ -555,7 +555,7 @@ def slope(
         return Interval(
             b, -math.inf, math.inf, level, n, "slope, t", 1.0, None, null
         )
-    se = float(fit.stderr)
+    se = float(np.nan_to_num(fit.stderr))  # 0/0 for a flat y
     q = float(scipy.special.stdtrit(n - 2, (1 + level) / 2))
     p = 2.0 ** (2 - n) if se == 0 else 2 * float(
         scipy.special.stdtr(n - 2, -abs(b - null) / se)
@@ -656,7 +656,14 @@ def mixed_slope(
         fit = model.fit(reml=True, method=["powell"])
     if not fit.converged:
         raise ValueError("y: the mixed model did not converge on these data")
-    b, se = float(fit.fe_params[1]), float(fit.bse_fe[1])
+    # the fixed effects' own information, which is never singular
+    cov, information = np.asarray(fit.cov_re), np.zeros((2, 2))
+    for c in range(n):
+        rows = design[codes == c]
+        noise = fit.scale * np.eye(len(rows)) + rows @ cov @ rows.T
+        information += rows.T @ np.linalg.solve(noise, rows)
+    b = float(fit.fe_params[1])
+    se = math.sqrt(np.linalg.inv(information)[1, 1])
     q = float(scipy.special.stdtrit(n - 1, (1 + level) / 2))
     p = 2 * float(scipy.special.stdtr(n - 1, -abs(b - null) / se))
     return Interval(

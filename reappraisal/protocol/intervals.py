@@ -424,7 +424,9 @@ def bootstrap_limits(
     part = at - left
     low = np.take_along_axis(draws, left, -1)
     high = np.take_along_axis(draws, right, -1)
-    limits = np.where(low == high, low, low * (1 - part) + high * part)
+    with np.errstate(invalid="ignore"):  # infinite neighbours
+        limits = low + part * (high - low)
+    limits = np.where((low == high) | (part == 0), low, limits)
     return limits[..., 0], limits[..., 1]
 
 
@@ -751,7 +753,8 @@ def mean_interval(
     pivots = np.concatenate([
         studentized(x, w) for w in resample_counts(n, n_boot, seed)
     ])
-    low, high = np.quantile(pivots, [(1 - level) / 2, (1 + level) / 2])
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.quantile(pivots, tails, method="inverted_cdf")
     p = bootstrap_p(pivots, 0.0, t)
     return Interval(
         mean, float(mean - high * se), float(mean - low * se), level, n,

@@ -151,12 +151,16 @@ def correlation(
                 "correlation is undefined"
             )
     n = x.size
-    groups = n if clusters is None else _codes(clusters, n, "clusters").max() + 1
+    groups = n
+    if clusters is not None:
+        groups = int(_codes(clusters, n, "clusters").max()) + 1
     name = f"{kind.capitalize()}, {method}"
     r = float(weighted_correlation(x, y, np.ones((1, n)), kind)[0])
     if groups < 4:
         r = 0.0 if math.isnan(r) else r
-        return Interval(r, -1.0, 1.0, level, int(groups), name, 1.0, None, null)
+        return Interval(
+            r, -1.0, 1.0, level, groups, name, 1.0, None, null
+        )
     if method == "fisher":
         if clusters is not None:
             raise ValueError("method: 'fisher' knows no clusters; use 'bca'")
@@ -742,7 +746,7 @@ def _page_null(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.sort(ranks, axis=1), axis=0, return_counts=True
     )
     law, first = np.ones(1), 0
-    for pattern, count in zip(patterns, times):
+    for pattern, count in zip(patterns, times, strict=True):
         shuffled = np.array(list(itertools.permutations(pattern)))
         sums = np.rint(2 * shuffled @ order).astype(int)
         one = np.bincount(sums - sums.min()) / len(sums)

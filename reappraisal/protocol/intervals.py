@@ -279,7 +279,9 @@ def _codes(labels: ArrayLike, n: int, name: str) -> np.ndarray:
             f"{name}: got shape {labels.shape}; expected one label for each "
             f"of {n} observations"
         )
-    _, first, codes = np.unique(labels, return_index=True, return_inverse=True)
+    _, first, codes = np.unique(
+        labels, return_index=True, return_inverse=True
+    )
     return np.argsort(np.argsort(first))[codes]
 
 # %% ../../nbs/protocol/intervals.ipynb #cdf0128e

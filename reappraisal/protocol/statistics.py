@@ -132,7 +132,7 @@ def _call(
             raise ValueError(
                 f"data: got {len(parts)} parts; {name} takes {list(inputs)}"
             )
-        values = dict(zip(inputs, parts))
+        values = dict(zip(inputs, parts, strict=False))
     known = inspect.signature(function).parameters
     twice = sorted(set(values) & set(options))
     unknown = sorted((set(values) | set(options)) - set(known))

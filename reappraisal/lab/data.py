@@ -483,7 +483,7 @@ def _finish(name: str, X, y, **extra) -> Dataset:
     return Dataset(X, y.float() if real else y.long(), **(words | extra))
 
 # %% ../../nbs/lab/data.ipynb #e3db3902
-_UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
+_UCI = "CC BY 4.0 (UCI)"
 
 
 def _sklearn(name: str, function: str, rename: Mapping | None = None):
@@ -842,7 +842,7 @@ def _corners(height: int, width: int, size: int) -> list[tuple[int, int]]:
 
 @_shelve(
     "photo_patches", "classification", 2160, (1, 16, 16), 10,
-    "CC0 and public domain, see PHOTOS",
+    "CC0, public domain or no known restrictions; see PHOTOS",
     "ten photographs in scikit-image",
     "16 x 16; blocks of nine patches are groups and do not touch",
 )
@@ -1329,13 +1329,13 @@ def cifar10() -> Dataset:
 class Shelf(tuple):
     """Records that print as a table."""
 
-    _head = ("name", "task", "rows", "input", "classes", "licence", "source")
+    _head = "name", "task", "rows x input", "classes", "licence", "source"
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
             (
-                r.name, r.task, f"{r.rows:,}" if r.rows else "varies",
-                " x ".join(map(str, r.item)),
+                r.name, r.task,
+                " x ".join(map(str, (r.rows or "?", *r.item))),
                 str(r.classes or "-"), r.licence,
                 r.source + (f" ({r.note})" if r.note else ""),
             )
@@ -1344,7 +1344,7 @@ class Shelf(tuple):
 
     def __repr__(self) -> str:
         rows = [self._head, *self._cells()]
-        wide = [max(len(r[i]) for r in rows) for i in range(6)]
+        wide = [max(len(r[i]) for r in rows) for i in range(5)]
         return "\n".join(
             "  ".join(c.ljust(w) for c, w in zip(r, wide, strict=False))
             for r in rows
@@ -1353,15 +1353,17 @@ class Shelf(tuple):
     def _repr_html_(self) -> str:
         def line(cells, tag):
             inner = "".join(
-                f"<{tag}>{html.escape(c)}</{tag}>" for c in cells
+                f'<{tag} style="white-space:normal;text-align:left">'
+                f"{html.escape(c)}</{tag}>"
+                for c in cells
             )
             return f"<tr>{inner}</tr>"
 
         body = "".join(line(c, "td") for c in self._cells())
         head = line(self._head, "th")
         return (
-            f'<table class="dataframe"><thead>{head}</thead>'
-            f"<tbody>{body}</tbody></table>"
+            '<table class="dataframe" style="font-size:80%">'
+            f"<thead>{head}</thead><tbody>{body}</tbody></table>"
         )
 
 

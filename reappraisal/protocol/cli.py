@@ -53,7 +53,7 @@ AsJson = Annotated[
 
 # %% auto #0
 __all__ = ['app', 'Names', 'Root', 'Cache', 'AsJson', 'usage_errors', 'open_store', 'one_line', 'Progress', 'run', 'status',
-           'joined', 'main']
+           'verdicts', 'check', 'new', 'register', 'joined', 'main']
 
 # %% ../../nbs/protocol/cli.ipynb #9a8ffcc5
 @contextmanager
@@ -349,6 +349,131 @@ def status(
     states = [s.state for s in found]
     count = {s: states.count(s) for s in dict.fromkeys(sorted(states))}
     typer.echo(", ".join(f"{n} {state}" for state, n in count.items()))
+
+# %% ../../nbs/protocol/cli.ipynb #cfb8a848
+@app.command()
+def verdicts(
+    names: Names = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the verdicts that are stored in the book, with their numbers."""
+    from reappraisal.protocol.ledger import Ledger
+
+    with usage_errors():
+        root = find_root(root)
+        chosen = {c.name for c in select(root, names or ())}
+    whole = Ledger.read(root)
+    ledger = Ledger(
+        tuple(e for e in whole.entries if _name(root, e.notebook) in chosen),
+        tuple(r for r in whole.refusals if _name(root, r.notebook) in chosen),
+        whole.pending,
+    )
+    if as_json or as_csv:
+        typer.echo(ledger.to_json() if as_json else ledger.to_csv(), nl=False)
+    else:
+        _show_verdicts(ledger)
+    for refusal in ledger.refusals:
+        typer.echo(f"refused: {refusal}", err=True)
+    raise typer.Exit(1 if ledger.refusals else 0)
+
+
+def _name(root: Path, notebook: Path) -> str:
+    path = notebook.relative_to(root / "nbs")
+    return path.with_suffix("").as_posix()
+
+
+def _show_verdicts(ledger) -> None:
+    rows = ledger.rows()
+    width = max((len(row["claim"]) for row in rows), default=0)
+    for row in rows:
+        numbers = [row[k] for k in ("estimate", "lo", "hi")]
+        shown = ["-" if n is None else f"{n:.3g}" for n in numbers]
+        typer.echo(
+            f"{row['label']:<16} {row['claim']:<{width}}  "
+            f"{shown[0]} [{shown[1]}, {shown[2]}] {row['unit'] or ''}  "
+            f"n={row['n']}"
+        )
+    pending = len(ledger.pending)
+    typer.echo(f"{len(rows)} verdicts, {pending} claims without one")
+
+# %% ../../nbs/protocol/cli.ipynb #e0c1c359
+@app.command()
+def check(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CHECK]...", help="All if none is given."),
+    ] = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check registrations, citations, export, layering, stored outputs."""
+    from reappraisal.protocol.checks import CHECKS
+
+    with usage_errors():
+        root = find_root(root)
+        for name in names or ():
+            if name not in CHECKS:
+                raise UnknownName.of("check", name, CHECKS)
+    found = {}
+    for name in names or CHECKS:
+        try:
+            found[name] = CHECKS[name](root)
+        except ModuleNotFoundError as error:
+            found[name] = [f"needs the extra 'dev': {error}"]
+        except (OSError, ValueError) as error:
+            found[name] = [f"could not be checked: {error}"]
+        if not as_json:
+            count = len(found[name])
+            typer.echo(f"{name}: {'ok' if not count else f'{count} found'}")
+            for complaint in found[name]:
+                typer.echo(f"  {complaint}")
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    raise typer.Exit(1 if any(found.values()) else 0)
+
+# %% ../../nbs/protocol/cli.ipynb #ce0f7195
+@app.command()
+def new(
+    name: Annotated[
+        str, typer.Argument(metavar="ROOM/SLUG", help="Where it goes.")
+    ],
+    paper: Annotated[
+        str,
+        typer.Option(help="The paper it tests, as in registrations/papers.yml."),
+    ],
+    root: Root = None,
+) -> None:
+    """Scaffold a chapter that runs, with a registration to fill in."""
+    from reappraisal.protocol.scaffold import Taken, scaffold
+
+    try:
+        with usage_errors():
+            made = scaffold(find_root(root), name, paper)
+    except Taken as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    for path in made:
+        typer.echo(f"wrote {path}")
+    typer.echo(f"try it: reappraisal run {name} --scale smoke")
+
+
+@app.command()
+def register(root: Root = None) -> None:
+    """Store the hash of every claim that has none yet."""
+    from reappraisal.protocol.claims import register as store_hashes
+
+    with usage_errors():
+        folder = find_root(root) / "registrations"
+    try:
+        added = store_hashes(folder)
+    except ValueError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    for claim in added:
+        typer.echo(f"registered {claim}")
+    typer.echo(f"{len(added)} new; commit registrations/ before the first run")
 
 # %% ../../nbs/protocol/cli.ipynb #77d1e97a
 def joined(arguments: list[str]) -> list[str]:

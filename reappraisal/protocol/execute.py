@@ -52,6 +52,7 @@ class Job:
     files: dict[str, bytes]
     versions: dict[str, str]
     libraries: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
     threads: int = 1
     timeout: float | None = None
     label: str = ""
@@ -124,6 +125,7 @@ def make_job(
         files={p: f.read_bytes() for p, f in files.items() if f.is_file()},
         versions=provenance.versions,
         libraries=_preload(provenance.libraries),
+        later=_preload(provenance.later - provenance.libraries),
         threads=threads,
         timeout=timeout,
         label=label,
@@ -326,15 +328,18 @@ _servers: dict[int, ForkServer] = {}
 _starting = threading.Lock()
 
 
-def warm_server(threads: int, libraries=()) -> ForkServer | None:
+def warm_server(
+    threads: int, libraries=(), later=()
+) -> ForkServer | None:
     """This process's fork server; None where the system cannot fork.
 
     Parameters
     ----------
     threads : int
         Threads each kernel may use.
-    libraries : iterable of str
-        What to import beforehand, if the server has to be started.
+    libraries, later : iterable of str
+        What to import before the first fork, if the server has to be
+        started, and what to import in quiet moments.
 
     Returns
     -------
@@ -345,7 +350,9 @@ def warm_server(threads: int, libraries=()) -> ForkServer | None:
     with _starting:
         server = _servers.get(threads)
         if server is None or not server.running:
-            _servers[threads] = server = ForkServer(libraries, threads)
+            server = ForkServer(libraries, later, threads)
+            _servers[threads] = server
+        server.want([*libraries, *later])
         return server
 
 
@@ -373,7 +380,7 @@ def stop_jobs(prefix: str) -> int:
     """
     found = [s for k, s in list(_sessions.items()) if k.startswith(prefix)]
     for session in found:
-        process = getattr(session.manager.provisioner, "process", None)
+        process = _process(session)
         if process is not None:
             process.kill()
     return len(found)
@@ -383,8 +390,8 @@ def _what_went_wrong(error: Exception, session: Session) -> tuple[str, dict]:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    process = getattr(session.manager.provisioner, "process", None)
-    words = process.last_words() if hasattr(process, "last_words") else ""
+    process = _process(session)
+    words = process.last_words() if process else ""
     if isinstance(error, PapermillExecutionError):
         session.cell = error.cell_index
         lines = [re.sub(r"\x1b\[[\d;]*m", "", t) for t in error.traceback]
@@ -403,6 +410,11 @@ def _what_went_wrong(error: Exception, session: Session) -> tuple[str, dict]:
     if not isinstance(error, (DeadKernelError, RuntimeError)):
         message += f" ({type(error).__name__}: {error})"
     return "died", {"name": "DeadKernel", "message": message, "words": words}
+
+
+def _process(session: Session):
+    """The forked kernel of a session; None for an ordinary one."""
+    return getattr(session.manager.provisioner, "kernel", None)
 
 
 def _place(session: Session) -> int | None:
@@ -432,7 +444,7 @@ def execute(job: Job, tell=None) -> Result:
     if here:
         error = {"name": "WrongVersions", "message": here}
         return Result("refused", error=error)
-    server = warm_server(job.threads, job.libraries)
+    server = warm_server(job.threads, job.libraries, job.later)
     home = server.folder if server else None
     base = Path(tempfile.mkdtemp(prefix="j", dir=home))
     try:
@@ -501,13 +513,13 @@ def _execute_in(job, base: Path, server, tell, began: float) -> Result:
             _sessions.pop(job.label, None)
         executed = session.executed or source
         text = nbformat.writes(nbformat.from_dict(executed))
-    process = getattr(manager.provisioner, "process", None)
+    process = _process(session)
     return Result(
         status,
         put_outputs(job.notebook, json.loads(text), str(book)),
         seconds=session.seconds,
         wall=time.monotonic() - began,
-        cpu=getattr(process, "cpu_seconds", None),
+        cpu=process.cpu_seconds if process else None,
         error=error,
         machine=machine() | {"warm": server is not None},
     )

@@ -17,10 +17,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections import deque
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Empty
 
 # %% auto #0
 __all__ = ['thread_environment', 'core_count', 'kernel_environment', 'serve', 'ForkedKernel', 'ForkServer', 'kernel_manager']
@@ -181,7 +184,7 @@ def _import_quietly(name: str) -> None:
         pass  # the chapter that needs it will say so, in its own words
 
 
-def serve(modules: list[str], folder: str) -> None:
+def serve(modules: list[str], later: list[str], folder: str) -> None:
     """Fork kernels on request until standard input closes.
 
     This is the main loop of the fork server's own process; use
@@ -190,7 +193,9 @@ def serve(modules: list[str], folder: str) -> None:
     Parameters
     ----------
     modules : list of str
-        Libraries to import, the most needed first.
+        Libraries to import before the first fork.
+    later : list of str
+        Libraries to import when there is nothing else to do.
     folder : str
         Removed at the end: logs, sockets and all that kernels wrote there.
     """
@@ -204,9 +209,11 @@ def serve(modules: list[str], folder: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     close = [stream.fileno(), waker, wake]
     alive: set[int] = set()
-    waiting, text = deque(modules), b""
-    _report(stream, event="ready", pid=os.getpid())
+    waiting, text = deque(later), b""
     try:
+        for name in modules:
+            _import_quietly(name)
+        _report(stream, event="ready", pid=os.getpid())
         while True:
             idle = 0 if waiting else None
             ready, _, _ = select.select([0, waker], [], [], idle)
@@ -222,8 +229,11 @@ def serve(modules: list[str], folder: str) -> None:
                 if not data:
                     break
                 *lines, text = (text + data).split(b"\n")
-                for line in lines:
-                    _obey(json.loads(line), stream, alive, close)
+                for order in map(json.loads, lines):
+                    if order["do"] == "import":
+                        waiting.extend(order["modules"])
+                    else:
+                        _obey(order, stream, alive, close)
     except BrokenPipeError:
         pass
     finally:
@@ -289,7 +299,7 @@ spec = importlib.util.spec_from_file_location("fork_server", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 sys.modules["fork_server"] = module
 spec.loader.exec_module(module)
-module.serve(json.loads(sys.argv[2]), sys.argv[3])
+module.serve(*json.loads(sys.argv[2]), sys.argv[3])
 """
 
 
@@ -299,18 +309,19 @@ class ForkServer:
     Parameters
     ----------
     modules : iterable of str
-        Libraries to import beforehand, the most needed first. The book's
-        own modules do not belong here: they would not be read again.
+        Libraries to import before the first fork. The book's own modules do
+        not belong here: they would not be read again.
+    later : iterable of str
+        Libraries to import when there is nothing else to do.
     threads : int
         Threads each kernel may use.
 
-    Raises
-    ------
-    RuntimeError
-        If the process does not come up, or has gone.
+    Notes
+    -----
+    The process starts in the background; the first `spawn` waits for it.
     """
 
-    def __init__(self, modules=(), threads: int = 1):
+    def __init__(self, modules=(), later=(), threads: int = 1):
         self.threads = threads
         self.folder = Path(tempfile.mkdtemp(prefix="reappraisal-"))
         self.kernels: dict[int, ForkedKernel] = {}
@@ -318,7 +329,8 @@ class ForkServer:
         self._lock, self._ready = threading.Lock(), threading.Event()
         self._count = 0
         first = ["ipykernel.kernelapp", "ipykernel.ipkernel"]
-        names = json.dumps([*first, *modules])
+        self._known = {*first, *modules, *later}
+        names = json.dumps([[*first, *modules], list(later)])
         here = find_spec("reappraisal.protocol.kernels").origin
         with open(self.folder / "server.log", "wb") as log:
             self.process = subprocess.Popen(
@@ -331,10 +343,6 @@ class ForkServer:
             )
         atexit.register(self.close)
         threading.Thread(target=self._listen, daemon=True).start()
-        if not self._ready.wait(60) or self.process.poll() is not None:
-            words = (self.folder / "server.log").read_text()[-2000:]
-            self.close()
-            raise RuntimeError(f"the fork server did not start: {words}")
 
     def __enter__(self) -> ForkServer:
         return self
@@ -361,6 +369,13 @@ class ForkServer:
             if order["do"] != "signal":
                 raise RuntimeError("the fork server has gone") from None
 
+    def want(self, libraries) -> None:
+        """Have libraries imported when there is nothing else to do."""
+        new = [name for name in libraries if name not in self._known]
+        if new:
+            self._known.update(new)
+            self.order(do="import", modules=new)
+
     def spawn(self, argv: list[str], env: dict, cwd: str) -> ForkedKernel:
         """Fork a kernel.
 
@@ -376,7 +391,16 @@ class ForkServer:
         Returns
         -------
         ForkedKernel
+
+        Raises
+        ------
+        RuntimeError
+            If the process did not come up, has gone, or cannot fork.
         """
+        if not self._ready.wait(120) or not self.running:
+            log = self.folder / "server.log"
+            words = log.read_text()[-2000:] if log.exists() else "closed"
+            raise RuntimeError(f"the fork server is not there: {words}")
         with self._lock:
             self._count += 1
             number = self._count
@@ -454,16 +478,31 @@ def kernel_manager(server: ForkServer | None, folder: Path):
     -------
     jupyter_client.AsyncKernelManager
     """
-    from jupyter_client import AsyncKernelManager
+    from jupyter_client import AsyncKernelClient, AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.provisioning import LocalProvisioner
 
     class WarmProvisioner(LocalProvisioner):
+        kernel: ForkedKernel | None = None
+
         async def launch_kernel(self, cmd, **options):
             argv = cmd[cmd.index("-f") :]
-            self.process = server.spawn(argv, options["env"], options["cwd"])
-            self.pid, self.cwd = self.process.pid, options["cwd"]
+            self.kernel = server.spawn(argv, options["env"], options["cwd"])
+            self.process, self.pid = self.kernel, self.kernel.pid
             return self.connection_info
+
+    class PromptClient(AsyncKernelClient):
+        async def wait_for_ready(self, timeout: float = 60) -> None:
+            end = time.monotonic() + timeout
+            while time.monotonic() < end:
+                self.kernel_info()
+                with suppress(Empty):
+                    await self.shell_channel.get_msg(timeout=1)
+                    await self.iopub_channel.get_msg(timeout=0.2)
+                    return
+                if not await self.parent.is_alive():
+                    break
+            raise RuntimeError("the kernel did not answer")
 
     launcher = [sys.executable, "-m", "ipykernel_launcher"]
     arguments = ["-f", "{connection_file}", "--HistoryManager.enabled=False"]
@@ -477,6 +516,7 @@ def kernel_manager(server: ForkServer | None, folder: Path):
         transport="ipc" if local else "tcp",
     )
     manager._kernel_spec = spec
+    manager.client_factory = PromptClient
     if server is not None and hasattr(os, "fork"):
         manager.provisioner = WarmProvisioner(kernel_spec=spec, parent=manager)
     return manager

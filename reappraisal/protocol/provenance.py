@@ -128,19 +128,22 @@ class References:
 
     own: frozenset[str]
     libraries: frozenset[str]
+    later: frozenset[str]
 
 
-def _walk(node: ast.AST) -> Iterator[ast.AST]:
+def _walk(node: ast.AST, enter: bool = True) -> Iterator[ast.AST]:
     yield node
     for child in ast.iter_child_nodes(node):
+        if not enter and isinstance(child, _DOCUMENTED[2:]):
+            continue
         typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(
             child.test
         )
         if typing:
             for line in child.orelse:
-                yield from _walk(line)
+                yield from _walk(line, enter)
         else:
-            yield from _walk(child)
+            yield from _walk(child, enter)
 
 
 def _absolute(node: ast.ImportFrom, package: str) -> str:
@@ -165,7 +168,8 @@ def references(tree: ast.AST, package: str = "") -> References:
     -------
     References
         `own`: dotted names under `reappraisal`; a name imported from a module
-        appears as `module.name`. `libraries`: everything else.
+        appears as `module.name`. `libraries`: everything else that is
+        imported at once. `later`: what is imported inside functions.
     """
     names: set[str] = set()
     aliases: set[str] = set()
@@ -188,7 +192,15 @@ def references(tree: ast.AST, package: str = "") -> References:
             if getattr(node.value, "id", None) in aliases:
                 names.add(f"{PACKAGE}.{node.attr}")
     own = {name for name in names if name.split(".")[0] == PACKAGE}
-    return References(frozenset(own), frozenset(names - own - {""}))
+    others = names - own - {""}
+    at_once = {name for node in _walk(tree, False) for name in _imported(node)}
+    return References(*map(frozenset, (own, others & at_once, others - at_once)))
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [item.name for item in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
 
 # %% ../../nbs/protocol/provenance.ipynb #1ba7804a
 @dataclass(frozen=True)
@@ -428,12 +440,14 @@ class Provenance:
     versions: dict[str, str]
     files: dict[str, Path] = field(default_factory=dict, compare=False)
     libraries: frozenset[str] = field(default=frozenset(), compare=False)
+    later: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def parts(self) -> dict:
         """What the key is a hash of."""
         parts = asdict(self) | {"parameters": digest(self.parameters)}
-        del parts["files"], parts["libraries"]
+        for name in ("files", "libraries", "later"):
+            del parts[name]
         return parts
 
     @property
@@ -522,6 +536,7 @@ def provenance(
         versions=versions(settings.read_text(encoding="utf-8")),
         files=paths | files,
         libraries=frozenset().union(*(r.libraries for r in mentioned)),
+        later=frozenset().union(*(r.later for r in mentioned)),
     )
 
 # %% ../../nbs/protocol/provenance.ipynb #1554647d

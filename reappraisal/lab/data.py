@@ -1182,8 +1182,8 @@ def stdlib(limit: int | None = 200_000) -> Dataset:
     Parameters
     ----------
     limit : int, optional
-        Characters to take, spread evenly over the modules; None for
-        all.
+        At most so many characters, the beginnings of all modules;
+        None for all of them.
     """
     texts = [t for t in map(_source, _MODULES) if t]
     if limit is not None:

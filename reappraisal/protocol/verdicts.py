@@ -240,7 +240,12 @@ def box(record: Mapping[str, Any]) -> str:
     if record["amended"]:
         meta.append("rule amended")
     meta.append(f"{record['seconds']:.0f} s")
-    rows = "".join(_row(row) for row in record["criteria"])
+    rows = [r for r in record["criteria"] if r["role"] == "evidence"]
+    rest = [r for r in record["criteria"] if r["role"] != "evidence"]
+    folded = (
+        f"<details><summary>Control, and what else was measured "
+        f"({len(rest)})</summary>{_table(rest)}</details>" if rest else ""
+    )
     notes = [f"Control: {record['control']['outcome']}. "
              f"{record['control']['statement']}"]
     notes += [f"Deviation: {text}" for text in record["deviations"]]
@@ -262,17 +267,25 @@ def box(record: Mapping[str, Any]) -> str:
         f"{escape(label)}</strong> <code>{record['paper']}/"
         f"{record['claim']}</code> · {escape(' · '.join(meta))}</p>"
         f'<p style="margin:.4em 0">{escape(record["statement"])}</p>'
+        f"{_table(rows)}{paragraphs}{folded}</div>"
+    )
+
+
+def _table(rows):
+    heads = "".join(
+        f'<th scope="col" style="{_CELL}">{head}</th>'
+        for head in ("criterion", "found", "registered", "power", "says")
+    )
+    return (
         f'<table style="font-size:.9em;border-collapse:collapse">'
-        f"<thead><tr>" + "".join(
-            f'<th scope="col" style="{_CELL}">{head}</th>'
-            for head in ("criterion", "found", "registered", "power", "says")
-        ) + f"</tr></thead><tbody>{rows}</tbody></table>{paragraphs}</div>"
+        f"<thead><tr>{heads}</tr></thead>"
+        f"<tbody>{''.join(map(_row, rows))}</tbody></table>"
     )
 
 
 def _row(row):
     power = "–" if row["power"] is None else f"{100 * row['power']:.0f}%"
-    role = "" if row["role"] == "evidence" else f" ({row['role']})"
+    role = " (control)" if row["role"] == "control" else ""
     cells = (
         f"{row['name']}{role}: {row['measure']}".rstrip(": "),
         f"{effect_text(row)}, n = {row['n']}", bounds_text(row), power,

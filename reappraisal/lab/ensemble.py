@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import itertools
+import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +25,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from .models import checked_seed, generator, reset
+from ..protocol.cache import Damaged, write_whole
 
 # %% auto #0
 __all__ = ['Hyper', 'Schedule', 'LOSSES', 'BLOCK', 'Stack', 'Optimiser', 'scaled_', 'scaled_add_', 'SGD', 'Adam', 'AdamW',
-           'cosine', 'stepwise', 'Trace', 'FirstStep', 'first_step', 'Batch', 'State', 'Fit', 'DivergenceWarning',
-           'Run', 'fit', 'check_stackable', 'vmapped', 'cross_entropy', 'squared_error', 'accuracy', 'Supervised',
-           'Batches', 'Scores', 'Ensemble', 'chain_of', 'ChainSupervised', 'Watch', 'train']
+           'cosine', 'stepwise', 'Trace', 'FirstStep', 'first_step', 'until', 'Batch', 'State', 'Fit',
+           'DivergenceWarning', 'Run', 'fit', 'check_stackable', 'vmapped', 'cross_entropy', 'squared_error',
+           'accuracy', 'Supervised', 'Batches', 'Scores', 'Ensemble', 'chain_of', 'ChainSupervised', 'Watch', 'train',
+           'sweep']
 
 # %% ../../nbs/lab/ensemble.ipynb #4713de94
 class Stack:
@@ -208,6 +214,18 @@ class Trace:
         size = "x".join(map(str, self.values.shape))
         return f"Trace({size}, steps {self.steps[0]}..{self.steps[-1]})"
 
+    @classmethod
+    def join(cls, traces: Sequence[Trace]) -> Trace:
+        """Put the members of several traces below each other."""
+        steps = torch.cat([t.steps for t in traces]).unique()
+        tables = []
+        for trace in traces:
+            v = trace.values
+            table = v.new_full((len(v), len(steps), *v.shape[2:]), math.nan)
+            table[:, torch.searchsorted(steps, trace.steps)] = v
+            tables.append(table)
+        return cls(steps, torch.cat(tables))
+
     def first(self, condition: Callable, hold: int = 1) -> FirstStep:
         """When `condition(values)` first holds; see `first_step`."""
         return first_step(self, condition, hold)
@@ -257,6 +275,31 @@ def first_step(
     event = run.any(1)
     last = seen.shape[1] - 1 - seen.numpy()[:, ::-1].argmax(1)
     return FirstStep(steps[np.where(event, run.argmax(1), last)], event)
+
+# %% ../../nbs/lab/ensemble.ipynb #a7bbed40
+def until(name: str, condition: Callable, hold: int = 1) -> Callable:
+    """A callback that stops members once a recorded value satisfies.
+
+    Parameters
+    ----------
+    name
+        What an earlier callback (or `watch`) records.
+    condition
+        From values `[A]` to booleans.
+    hold
+        Consecutive records that must satisfy it.
+    """
+    runs: dict[int, int] = {}
+
+    def callback(state: State) -> None:
+        holds = condition(state.recorded(name)).tolist()
+        members = state.members.tolist()
+        for m, holding in zip(members, holds):
+            runs[m] = runs.get(m, 0) + 1 if holding else 0
+        reached = [runs[m] >= hold for m in members]
+        state.stop(torch.tensor(reached, device=state.members.device))
+
+    return callback
 
 # %% ../../nbs/lab/ensemble.ipynb #651820c6
 @dataclass
@@ -328,6 +371,16 @@ class State:
                 f"the {len(self.members)} members in the stack is accepted"
             )
         self._run.recorder.add(name, self.step, self.members, values)
+
+    def recorded(self, name: str) -> Tensor:
+        """What has been recorded under `name` at this step, `[A]`."""
+        entries = self._run.recorder.entries.get(name)
+        if not entries or entries[-1][0] != self.step:
+            raise ValueError(
+                f"name: nothing recorded as {name!r} at step {self.step}; "
+                f"there are {list(self._run.recorder.entries)}"
+            )
+        return entries[-1][2]
 
     def stop(self, which: Tensor) -> None:
         """Freeze the members where `which` `[A]` is true, as they are."""
@@ -890,6 +943,17 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     return hits.flatten(1).mean(1)
 
 # %% ../../nbs/lab/ensemble.ipynb #b99bb609
+def _per_sample(criterion: Callable, outputs: Tensor, y: Any) -> Tensor:
+    """Losses `[A, B, ...]`, or a ValueError if they are anything else."""
+    losses = criterion(outputs, y)
+    if losses.shape[:2] != outputs.shape[:2]:
+        raise ValueError(
+            f"loss: gave shape {tuple(losses.shape)} for outputs "
+            f"{tuple(outputs.shape)}; one loss per sample is accepted"
+        )
+    return losses
+
+
 class Supervised:
     """The loss `fit` minimises when a model meets labelled data.
 
@@ -906,12 +970,7 @@ class Supervised:
 
     def __call__(self, params, batch):
         outputs = self.forward(params, batch.x)
-        losses = self.criterion(outputs, batch.y)
-        if losses.shape[:2] != outputs.shape[:2]:
-            raise ValueError(
-                f"loss: gave shape {tuple(losses.shape)} for outputs "
-                f"{tuple(outputs.shape)}; one loss per sample is accepted"
-            )
+        losses = _per_sample(self.criterion, outputs, batch.y)
         return losses.flatten(1).mean(1), {"outputs": outputs}
 
 # %% ../../nbs/lab/ensemble.ipynb #f94a6b6c
@@ -1133,7 +1192,7 @@ class Ensemble:
     ) -> Ensemble:
         """This ensemble after a run."""
         hyper = {
-            f.name: torch.as_tensor(value)
+            f.name: torch.as_tensor(value, dtype=torch.float64)
             for f in fields(optimiser)
             if not isinstance(
                 value := getattr(optimiser, f.name), (bool, str, float, int)
@@ -1171,6 +1230,151 @@ class Ensemble:
             ):
                 tensor.copy_(state[name])
         return module.requires_grad_(True)
+
+    def where(self, **hyper: float) -> Ensemble:
+        """The members with these hyperparameters (`seed` among them)."""
+        keep = torch.ones(len(self), dtype=torch.bool)
+        columns = {**self.hyper, "seed": torch.tensor(self.seeds)}
+        for name, value in hyper.items():
+            if name not in columns:
+                raise ValueError(
+                    f"{name}: members differ by {sorted(columns)} only"
+                )
+            keep &= torch.isclose(
+                columns[name].double(), torch.tensor(float(value)).double()
+            )
+        if not keep.any():
+            raise ValueError(f"hyper: no member has {hyper}")
+        return self[keep]
+
+    @classmethod
+    def join(cls, parts: Sequence[Ensemble]) -> Ensemble:
+        """One ensemble of the members of several."""
+        first = parts[0]
+
+        def tables(get: Callable) -> dict:
+            return {
+                k: torch.cat([get(p)[k] for p in parts]) for k in get(first)
+            }
+
+        def flags(name: str) -> Tensor | None:
+            values = [getattr(p, name) for p in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        return replace(
+            first,
+            params=tables(lambda p: p.params),
+            buffers=tables(lambda p: p.buffers),
+            hyper=tables(lambda p: p.hyper),
+            seeds=tuple(s for p in parts for s in p.seeds),
+            history={
+                k: Trace.join([p.history[k] for p in parts])
+                for k in first.history
+            },
+            checkpoints={
+                t: tables(lambda p, t=t: p.checkpoints[t])
+                for t in first.checkpoints
+            },
+            stopped_at=flags("stopped_at"),
+            diverged=flags("diverged"),
+            seconds=sum(p.seconds for p in parts),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write all but the module's code to one safetensors file.
+
+        The file appears whole or not at all, and carries a checksum.
+        """
+        from safetensors.torch import save
+
+        tensors = {"seeds": torch.tensor(self.seeds, dtype=torch.long)}
+        tables = {
+            "params": self.params,
+            "buffers": self.buffers,
+            "hyper": self.hyper,
+            **{f"checkpoint {t}": p for t, p in self.checkpoints.items()},
+            "stopping": {
+                "stopped_at": self.stopped_at,
+                "diverged": self.diverged,
+            },
+        }
+        for name, trace in self.history.items():
+            tables[f"history {name}"] = vars(trace)
+        for table, entries in tables.items():
+            for name, tensor in entries.items():
+                if tensor is not None:
+                    tensors[f"{table}/{name}"] = tensor.cpu().contiguous()
+        about = {"format": _FORMAT, "seconds": json.dumps(self.seconds)}
+        about["sha256"] = _checksum(tensors)
+        write_whole(path, save(tensors, about))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        template: nn.Module,
+        criterion: Callable = cross_entropy,
+    ) -> Ensemble:
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path
+            The file.
+        template
+            A module of the architecture; left as it is.
+        criterion
+            The loss per sample for `evaluate`.
+
+        Raises
+        ------
+        Damaged
+            If the file was cut short or altered.
+        ValueError
+            If it holds another architecture.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}
+        except SafetensorError as error:
+            raise Damaged(f"{path}: {error}") from None
+        if about.get("format") != _FORMAT:
+            raise Damaged(f"{path}: no ensemble ({about.get('format')!r})")
+        if about.get("sha256") != _checksum(tensors):
+            raise Damaged(f"{path}: its checksum is wrong")
+        tables: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            table, _, name = key.partition("/")
+            tables.setdefault(table, {})[name] = tensor
+        params = tables["params"]
+        shapes = {k: tuple(v.shape) for k, v in template.named_parameters()}
+        found = {k: tuple(v.shape[1:]) for k, v in params.items()}
+        if shapes != found:
+            raise ValueError(
+                f"template: {path} holds parameters {found}; the template "
+                f"has {shapes}"
+            )
+        kept = {t.split(" ", 1)[1]: v for t, v in tables.items() if " " in t}
+        history = [t for t in tables if t.startswith("history ")]
+        return cls(
+            copy.deepcopy(template).eval().requires_grad_(False),
+            {k: params[k] for k in shapes},
+            tables.get("buffers", {}),
+            tuple(tensors["seeds"].tolist()),
+            tables.get("hyper", {}),
+            {t[8:]: Trace(**kept[t[8:]]) for t in history},
+            **tables.get("stopping", {}),
+            checkpoints={
+                int(t[11:]): v
+                for t, v in tables.items()
+                if t.startswith("checkpoint ")
+            },
+            seconds=json.loads(about["seconds"]),
+            criterion=criterion,
+        )
 
     def at(self, step: int) -> Ensemble:
         """The ensemble as it was at a checkpoint."""
@@ -1211,7 +1415,7 @@ class Ensemble:
         return _scores(outputs, y.to(outputs.device)[None], self.criterion)
 
     def map(self, measure: Callable[[nn.Module], Any]) -> Any:
-        """`measure(module)` of every member; stacked where they are numbers."""
+        """`measure(module)` of every member; stacked where numbers."""
         found = [measure(self.member(i)) for i in range(len(self))]
         if all(isinstance(f, (int, float, bool)) for f in found):
             return torch.tensor(found)
@@ -1219,6 +1423,20 @@ class Ensemble:
             if len({f.shape for f in found}) == 1:
                 return torch.stack(found)
         return found
+
+
+_FORMAT = "reappraisal.ensemble/1"
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and every byte."""
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        head = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n"
+        hashed.update(head.encode())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def _shown(values: Sequence) -> str:
@@ -1303,7 +1521,7 @@ def _logit_gradient(
     if kind is not cross_entropy or y.is_floating_point():
         z = logits.mT.detach().requires_grad_()
         with torch.enable_grad():
-            losses = criterion(z, y)
+            losses = _per_sample(criterion, z, y)
             (grad,) = torch.autograd.grad(losses.sum(), z)
         return losses.detach(), grad.mT.contiguous()
     logp = torch.log_softmax(logits, 1)
@@ -1334,66 +1552,66 @@ class ChainSupervised(Supervised):
 
     def activations(self, tensors: Mapping[str, Tensor], x: Tensor) -> list:
         """Input and output of every layer, `[A, d, B]` each."""
-        hs = [x.flatten(2).mT if x.ndim > 2 else x[:, None]]
+        x = x.mT if x.ndim == 3 else x.flatten(2).mT
+        size, rows = tensors[self.layers[0][0]].shape[0], x.shape[2]
+        hs = [x if x.shape[0] == size else x.expand(size, -1, -1)]
         for k, (weight, bias, activation) in enumerate(self.layers):
-            w, h = tensors[weight], hs[-1]
-            h = h.expand(len(w), -1, -1)
-            out = self.buffer((k, h.shape[2]), (*w.shape[:2], h.shape[2]), w)
+            w = tensors[weight]
+            out = self.buffer((k, rows), (size, w.shape[1], rows), w)
             if bias is None:
-                torch.bmm(w, h, out=out)
+                torch.bmm(w, hs[-1], out=out)
             else:
-                torch.baddbmm(tensors[bias][..., None], w, h, out=out)
-            if activation:
+                column = tensors[bias].unsqueeze(2)
+                torch.baddbmm(column, w, hs[-1], out=out)
+            if activation is not None:
                 _INPLACE[activation][0](out)
             hs.append(out)
         return hs
 
+    @torch.no_grad()
     def forward(self, tensors, x):
-        with torch.no_grad():
-            return self.activations(tensors, x)[-1].mT.clone()
+        return self.activations(tensors, x)[-1].mT.clone()
 
     @torch.no_grad()
     def value_and_grad(self, params, batch, grads):
         """Mean losses and outputs; gradients are written into `grads`."""
         total = batch.x.shape[1]
-        value, outputs = 0.0, []
+        values, outputs = [], []
         for at in range(0, total, BLOCK):
-            part = slice(at, at + BLOCK)
-            y = _tree_map(lambda v, part=part: v[:, part], batch.y)
-            hs = self.activations(params, batch.x[:, part])
+            x, y = batch.x, batch.y
+            if total > BLOCK:
+                x = x[:, at : at + BLOCK]
+                y = _tree_map(lambda v, at=at: v[:, at : at + BLOCK], y)
+            hs = self.activations(params, x)
             losses, delta = _logit_gradient(self.criterion, hs[-1], y)
             self.backward(params, hs, delta.div_(total), grads, at > 0)
-            value = value + losses.sum(1)
-            outputs.append(hs[-1].mT)
-        if len(outputs) > 1:
-            outputs = [torch.cat(outputs, 1)]
-        return value / total, {"outputs": outputs[0]}
+            values.append(losses.sum(1))
+            outputs.append(hs[-1].mT.clone() if total > BLOCK else hs[-1].mT)
+        if len(values) > 1:
+            return sum(values) / total, {"outputs": torch.cat(outputs, 1)}
+        return values[0] / total, {"outputs": outputs[0]}
 
     def backward(self, params, hs, delta, grads, add: bool) -> None:
         """Gradients of one block, stored or added."""
-
-        def put(name: str | None, grad: Tensor) -> None:
-            if add:
-                grads[name].add_(grad)
-            else:
-                grads[name].copy_(grad)
-
-        lowest = min(
-            k for k, (w, b, _) in enumerate(self.layers) if {w, b} & set(grads)
-        )
+        names = [{w, b} for w, b, _ in self.layers]
+        lowest = next(k for k, n in enumerate(names) if n & grads.keys())
         for k in range(len(self.layers) - 1, lowest - 1, -1):
             weight, bias, activation = self.layers[k]
-            w, h = params[weight], hs[k]
-            if activation:
+            w = params[weight]
+            if activation is not None:
                 _INPLACE[activation][1](delta, hs[k + 1])
             if weight in grads:
                 out = self.buffer(("w", k), w.shape, w)
-                h = h.expand(len(w), -1, -1).mT
-                put(weight, torch.bmm(delta, h, out=out))
+                torch.bmm(delta, hs[k].mT, out=out)
+                put = Tensor.add_ if add else Tensor.copy_
+                put(grads[weight], out)
             if bias in grads:
-                put(bias, delta.sum(2))
+                if add:
+                    grads[bias].add_(delta.sum(2))
+                else:
+                    torch.sum(delta, 2, out=grads[bias])
             if k > lowest:
-                shape = (len(w), w.shape[2], delta.shape[2])
+                shape = (w.shape[0], w.shape[2], delta.shape[2])
                 below = self.buffer(("d", k, shape[2]), shape, w)
                 delta = torch.bmm(w.mT, delta, out=below)
 
@@ -1687,3 +1905,109 @@ def train(
         **rest,
     )
     return start.finished(run, optimiser, criterion)
+
+# %% ../../nbs/lab/ensemble.ipynb #8ab11d6f
+def _member_bytes(start: Ensemble, rows: int, x: Tensor) -> int:
+    """Roughly what a member needs while it trains."""
+    sizes: list[int] = []
+
+    def count(module, args, out):
+        if isinstance(out, Tensor) and not list(module.children()):
+            sizes.append(out.numel())
+
+    module = start.member(0)
+    for layer in module.modules():
+        layer.register_forward_hook(count)
+    with torch.no_grad():
+        module(x[:1].to(next(iter(start.params.values())).device))
+    width = next(iter(start.params.values())).element_size()
+    weights = sum(p[0].numel() for p in start.params.values())
+    return width * (6 * weights + 3 * rows * (sum(sizes) + x[0].numel()))
+
+
+def sweep(
+    model: Any,
+    data: Any,
+    *,
+    grid: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    optimiser: Optimiser,
+    chunk: int | None = None,
+    memory: float = 2**30,
+    rows: Tensor | None = None,
+    batch_size: int | None = None,
+    **rest: Any,
+) -> Ensemble:
+    """Every combination of hyperparameters, for every seed.
+
+    Parameters
+    ----------
+    model, data, batch_size, rest
+        As for `train`.
+    grid
+        Field of the optimiser to the values it takes.
+    seeds
+        Each combination is trained from all of them.
+    optimiser
+        Gives the other hyperparameters.
+    chunk
+        Members per stack; by default as many as `memory` allows.
+    memory
+        Bytes the stack may take, roughly.
+    rows
+        `[len(seeds), M]`: the rows of the data for each seed.
+
+    Returns
+    -------
+    Ensemble
+        Combinations in the order of `itertools.product`, seeds innermost;
+        `hyper` tells which is which and `where` picks.
+    """
+    known = [f.name for f in fields(optimiser)]
+    if not grid or set(grid) - set(known):
+        raise ValueError(
+            f"grid: got {sorted(grid)}; one or more of {known} are accepted"
+        )
+    if rest.get("per_member") or isinstance(model, Ensemble):
+        raise ValueError(
+            "per_member, model: a sweep starts all combinations of a seed "
+            "from the same model and data; use `train` for other stacks"
+        )
+    if empty := [k for k, v in grid.items() if not len(v)]:
+        raise ValueError(f"grid: no values for {empty}")
+    seeds = _checked_seeds(seeds)
+    points = list(itertools.product(*grid.values()))
+    jobs = [(p, k) for p in points for k in range(len(seeds))]
+    if chunk is None:
+        init, dtype = rest.get("init", "fresh"), rest.get("dtype")
+        start = _stacked_modules(model, seeds[:1], init, dtype, "cpu")
+        x = data.X if hasattr(data, "X") else data[0]
+        count = batch_size or len(x if rows is None else rows[0])
+        x = torch.as_tensor(x)[:1]
+        x = x.to(dtype) if dtype and x.is_floating_point() else x
+        chunk = int(memory // _member_bytes(start, count, x))
+    if chunk < 1:
+        raise ValueError(
+            "chunk, memory: too small; one member at least must fit"
+        )
+    chunk = math.ceil(len(jobs) / math.ceil(len(jobs) / chunk))
+    parts = []
+    for at in range(0, len(jobs), chunk):
+        some = jobs[at : at + chunk]
+        values = zip(*(p for p, _ in some))
+        columns = {
+            k: torch.tensor(v, dtype=torch.float64)
+            for k, v in zip(grid, values)
+        }
+        parts.append(
+            train(
+                model,
+                data,
+                seeds=[seeds[k] for _, k in some],
+                optimiser=replace(optimiser, **columns),
+                rows=None if rows is None else rows[[k for _, k in some]],
+                batch_size=batch_size,
+                **rest,
+            )
+        )
+    return Ensemble.join(parts)

@@ -45,7 +45,9 @@ Root = Annotated[
 ]
 Cache = Annotated[
     Path | None,
-    typer.Option("--cache", help="Store of results [ROOT/.reappraisal]."),
+    typer.Option(
+        "--cache", help="Store of results; ROOT/.reappraisal by default."
+    ),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, for programs.")
@@ -229,11 +231,15 @@ def run(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Worker processes; as many as cores by default."),
+        typer.Option(
+            min=0, help="Worker processes; as many as cores by default."
+        ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(help="Threads a chapter; cores are shared by default."),
+        typer.Option(
+            min=1, help="Threads a chapter; cores are shared by default."
+        ),
     ] = None,
     scheduler: Annotated[
         str | None,
@@ -259,10 +265,12 @@ def run(
     ] = False,
     timeout: Annotated[
         float | None,
-        typer.Option(help="Seconds for the cells of a chapter [by scale]."),
+        typer.Option(
+            min=0.1, help="Seconds for the cells of a chapter; by scale."
+        ),
     ] = None,
     retries: Annotated[
-        int, typer.Option(help="New attempts after a kernel died.")
+        int, typer.Option(min=0, help="New attempts after a kernel died.")
     ] = 1,
     root: Root = None,
     cache: Cache = None,
@@ -441,7 +449,7 @@ def new(
     ],
     paper: Annotated[
         str,
-        typer.Option(help="The paper it tests, as in registrations/papers.yml."),
+        typer.Option(help="Id of the paper in registrations/papers.yml."),
     ],
     root: Root = None,
 ) -> None:

@@ -196,7 +196,8 @@ _TRACES = re.compile(r"\S*/ipykernel_\d+/\d+\.py")
 
 def _scrub(value, folder: str):
     if isinstance(value, str):
-        return _TRACES.sub("<cell>", value.replace(folder + "/", ""))
+        value = value.replace(folder + "/", "").replace(folder, ".")
+        return _TRACES.sub("<cell>", value)
     if isinstance(value, list):
         return [_scrub(item, folder) for item in value]
     if isinstance(value, dict):

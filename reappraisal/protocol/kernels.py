@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import json
@@ -128,6 +129,7 @@ def _child(order: dict, parent: int, close: list[int]) -> None:
             os.dup2(source, target)
         for descriptor in (*close, nothing, log):
             os.close(descriptor)
+        faulthandler.enable(2)
         _become_kernel(order)
         code = 0
     except BaseException:
@@ -284,12 +286,13 @@ class ForkedKernel:
         """Ask it to end."""
         self.send_signal(signal.SIGTERM)
 
-    def last_words(self, characters: int = 2000) -> str:
-        """The end of what it wrote past Python, for instance in a crash."""
+    def last_words(self, lines: int = 12) -> str:
+        """The first lines of what it wrote past Python, as in a crash."""
         try:
-            return self.log.read_text(errors="replace")[-characters:].strip()
+            text = self.log.read_text(errors="replace").strip()
         except OSError:
             return ""
+        return "\n".join(text.splitlines()[:lines])
 
 # %% ../../nbs/protocol/kernels.ipynb #bdde4b15
 _BOOT = """

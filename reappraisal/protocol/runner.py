@@ -241,7 +241,7 @@ class OnDask:
                 )
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
         try:
-            self.client = Client(self.cluster or scheduler, timeout=20)
+            self.client = Client(self.cluster or scheduler)
         except OSError as error:
             raise ConnectionError(
                 f"no Dask scheduler answers at {scheduler}: {error}"

@@ -98,11 +98,13 @@ def export(root: Path) -> list[str]:
     problems = []
     notebooks = sorted((root / "nbs").glob("*/*.ipynb"))
     with tempfile.TemporaryDirectory() as folder:
+        # the name of the folder decides which imports become relative
+        library = Path(folder) / "reappraisal"
         for path in notebooks:
-            nb_export(path, lib_path=folder)
+            nb_export(path, lib_path=library)
         for path in notebooks:
             name = path.relative_to(root / "nbs").with_suffix(".py")
-            fresh, kept = Path(folder) / name, root / "reappraisal" / name
+            fresh, kept = library / name, root / "reappraisal" / name
             if not fresh.exists():
                 problems.append(f"nbs/{name.with_suffix('.ipynb')} exports "
                                 f"no module of its own name")

@@ -31,8 +31,8 @@ from ..protocol.cache import Damaged, write_whole
 __all__ = ['Hyper', 'Schedule', 'LOSSES', 'BLOCK', 'Stack', 'Optimiser', 'scaled_', 'scaled_add_', 'SGD', 'Adam', 'AdamW',
            'cosine', 'stepwise', 'Trace', 'FirstStep', 'first_step', 'until', 'Batch', 'State', 'Fit',
            'DivergenceWarning', 'Run', 'fit', 'check_stackable', 'vmapped', 'cross_entropy', 'squared_error',
-           'accuracy', 'Supervised', 'Batches', 'Scores', 'Ensemble', 'chain_of', 'ChainSupervised', 'Watch', 'train',
-           'sweep']
+           'criterion_of', 'accuracy', 'Supervised', 'Batches', 'Scores', 'Ensemble', 'chain_of', 'ChainSupervised',
+           'untrained', 'Watch', 'train', 'sweep']
 
 # %% ../../nbs/lab/ensemble.ipynb #4713de94
 class Stack:
@@ -937,6 +937,26 @@ LOSSES: dict[str, Callable] = {
 }
 
 
+def criterion_of(loss: str | Callable, smoothing: float = 0.0) -> Callable:
+    """A loss per sample, by its name or as it is."""
+    if callable(loss):
+        criterion = loss
+    elif loss in LOSSES:
+        criterion = LOSSES[loss]
+    else:
+        raise ValueError(
+            f"loss: got {loss!r}; {sorted(LOSSES)} or a function is accepted"
+        )
+    if not smoothing:
+        return criterion
+    if loss != "cross_entropy" or not 0 <= smoothing <= 1:
+        raise ValueError(
+            f"smoothing: got {smoothing} for {loss!r}; 0 to 1 for cross "
+            "entropy is accepted"
+        )
+    return partial(cross_entropy, smoothing=smoothing)
+
+
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Share `[A]` of samples whose largest logit is the label's."""
     hits = (outputs.argmax(-1) == targets).to(outputs.dtype)
@@ -1214,6 +1234,20 @@ class Ensemble:
             criterion=criterion,
         )
 
+    def to(self, device: str | torch.device) -> Ensemble:
+        """The same networks on another device."""
+
+        def put(tensors):
+            return {k: v.to(device) for k, v in tensors.items()}
+
+        return replace(
+            self,
+            template=copy.deepcopy(self.template).to(device),
+            params=put(self.params),
+            buffers=put(self.buffers),
+            checkpoints={t: put(p) for t, p in self.checkpoints.items()},
+        )
+
     def member(self, index: int) -> nn.Module:
         """One member as an ordinary module, in evaluation mode."""
         size = len(self)
@@ -1338,7 +1372,9 @@ class Ensemble:
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}
+                # copies, for the file's own memory dies with the file
+                names = file.keys()
+                tensors = {k: file.get_tensor(k).clone() for k in names}
         except SafetensorError as error:
             raise Damaged(f"{path}: {error}") from None
         if about.get("format") != _FORMAT:
@@ -1616,16 +1652,31 @@ class ChainSupervised(Supervised):
                 delta = torch.bmm(w.mT, delta, out=below)
 
 # %% ../../nbs/lab/ensemble.ipynb #631c55ef
-def _stacked_modules(
-    model: Any, seeds: Sequence[int], init: Any, dtype, device
+def _checked_seeds(seeds: Any) -> tuple[int, ...]:
+    """A tuple of ints; one int stands for itself."""
+    if isinstance(seeds, (int, np.integer)):
+        seeds = [seeds]
+    seeds = tuple(checked_seed(s) for s in seeds)
+    if not seeds:
+        raise ValueError("seeds: empty; at least one is needed")
+    return seeds
+
+
+def untrained(
+    model: Any,
+    seeds: Sequence[int],
+    init: str | Callable = "fresh",
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
 ) -> Ensemble:
-    """The untrained members."""
+    """The members as `train` would start them; arguments as there."""
+    seeds = _checked_seeds(seeds)
     if isinstance(model, Ensemble):
         if len(model) != len(seeds):
             raise ValueError(
                 f"seeds: got {len(seeds)} for an ensemble of {len(model)}"
             )
-        start = replace(model, seeds=tuple(seeds))
+        start = replace(model, seeds=seeds)
     elif isinstance(model, nn.Module):
         check_stackable(model)
         if init == "same":
@@ -1656,25 +1707,17 @@ def _stacked_modules(
             for k, v in tensors.items()
         }
 
-    template = copy.deepcopy(start.template).to(device, kind)
     return replace(
         start,
-        template=template,
+        template=copy.deepcopy(start.template).to(device, kind),
         params=put(start.params),
         buffers=put(start.buffers),
         history={},
+        stopped_at=None,
+        diverged=None,
         checkpoints={},
+        seconds=0.0,
     )
-
-
-def _checked_seeds(seeds: Any) -> tuple[int, ...]:
-    """A tuple of ints; one int stands for itself."""
-    if isinstance(seeds, (int, np.integer)):
-        seeds = [seeds]
-    seeds = tuple(checked_seed(s) for s in seeds)
-    if not seeds:
-        raise ValueError("seeds: empty; at least one is needed")
-    return seeds
 
 
 def _checked_data(
@@ -1871,20 +1914,12 @@ def train(
     if seeds is None:
         raise ValueError("seeds: missing; one for each member is needed")
     seeds = _checked_seeds(seeds)
-    start = _stacked_modules(model, seeds, init, dtype, device)
+    start = untrained(model, seeds, init, dtype, device)
     dtype = next(iter(start.params.values())).dtype
     x, y, rows = _checked_data(
         data, len(seeds), per_member, rows, batch_size, dtype, device
     )
-    if not callable(loss) and loss not in LOSSES:
-        raise ValueError(
-            f"loss: got {loss!r}; {sorted(LOSSES)} or a function is accepted"
-        )
-    criterion = loss if callable(loss) else LOSSES[loss]
-    if smoothing:
-        if loss != "cross_entropy":
-            raise ValueError("smoothing: only cross entropy has it")
-        criterion = partial(cross_entropy, smoothing=smoothing)
+    criterion = criterion_of(loss, smoothing)
     batches = Batches(x, y, seeds, batch_size, rows, per_member)
     objective = _objective_for(start, criterion, engine)
     if loss == "cross_entropy":
@@ -1980,7 +2015,7 @@ def sweep(
     jobs = [(p, k) for p in points for k in range(len(seeds))]
     if chunk is None:
         init, dtype = rest.get("init", "fresh"), rest.get("dtype")
-        start = _stacked_modules(model, seeds[:1], init, dtype, "cpu")
+        start = untrained(model, seeds[:1], init, dtype)
         x = data.X if hasattr(data, "X") else data[0]
         count = batch_size or len(x if rows is None else rows[0])
         x = torch.as_tensor(x)[:1]

@@ -467,6 +467,26 @@ def test_an_optimiser_of_ones_own():
         torch.testing.assert_close(stack.params[key][1], value.detach())
 
 
+def test_callbacks_see_the_batch_they_are_told_of():
+    """Looking at other data of the same size leaves `aux` alone."""
+    x, y = data(n=16)
+
+    def look(state):
+        before = state.aux["outputs"].clone()
+        other = state.outputs(x + 1)
+        assert torch.equal(before, state.aux["outputs"])
+        assert not torch.equal(before, other)
+        losses = F.cross_entropy(
+            before.flatten(0, 1), state.batch.y.flatten(), reduction="none"
+        )
+        torch.testing.assert_close(
+            losses.view(before.shape[:2]).mean(1), state.loss
+        )
+
+    for engine in ("chain", "vmap"):
+        run(steps=4, every=1, callbacks=look, engine=engine)
+
+
 def test_the_low_level_takes_any_loss():
     start = torch.randn(4, 6, generator=generator(0), dtype=D)
     target = torch.randn(4, 6, generator=generator(1), dtype=D)
@@ -575,6 +595,10 @@ BAD = {
     "60 rows and y has 59": {"xy": (X, Y[:59])},
     "labels 0..7": {"xy": (X, Y.clamp(max=1) * 7)},
     "labels -1": {"xy": (X, Y - 1)},
+    "labels of shape": {"xy": (X, Y[:, None])},
+    "probabilities of shape": {"xy": (X, Y.double())},
+    "checkpoints": {"checkpoints": [21]},
+    "schedule": {"schedule": lambda t: torch.ones(2)},
     "per_member": {"per_member": ["z"]},
     "x is per member": {"per_member": ["x"]},
     "rows": {"rows": torch.zeros(2, 5, dtype=torch.long)},

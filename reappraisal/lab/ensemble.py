@@ -135,7 +135,7 @@ class SGD(Optimiser):
 
     @property
     def slots(self) -> int:
-        return int(np.any(np.asarray(self.momentum) != 0))
+        return int(torch.as_tensor(self.momentum).any())
 
     def update(self, p, g, state, t, h):
         step, eta = g.flat, h["lr"]
@@ -622,6 +622,8 @@ class Run:
         aux: dict = {}
 
         def compute() -> Tensor:
+            # what callbacks see is from the first evaluation
+            aux.update((k, v.clone()) for k, v in aux.items())
             if self.manual:
                 params = {**self.fixed, **self.p.views}
                 out = self.loss.value_and_grad(params, batch, self.g.views)
@@ -635,6 +637,8 @@ class Run:
                 )
                 for view, grad in zip(self.g.views.values(), grads):
                     view.copy_(grad)
+            if self.masking is not None:
+                self.g.flat.mul_(self.masking)
             return value.detach()
 
         if gradient:
@@ -654,22 +658,26 @@ class Run:
                 f"loss: gave shape {tuple(value.shape)}; one number for each "
                 f"of the {len(self.members)} members is accepted"
             )
-        aux.clear()
-        aux.update((k, v.detach()) for k, v in more.items())
+        if not aux:
+            aux.update((k, v.detach()) for k, v in more.items())
         return value
 
     def update(self, t: int) -> None:
-        """One step: mask, clip, decay, move."""
-        p, g, h = self.p.flat, self.g.flat, dict(self.columns)
-        if self.masking is not None:
-            g.mul_(self.masking)
+        """One step: clip, decay, move."""
+        g, h = self.g.flat, dict(self.columns)
         if (limit := h.pop("clip", None)) is not None:
             norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
             scaled_(g, (limit / (norm + 1e-6)).clamp_(max=1.0))
         if self.schedule is not None:
             factor = self.schedule(t)
-            if isinstance(factor, Tensor):
-                factor = factor.to(p.device)[self.members, None]
+            if isinstance(factor, Tensor) and factor.ndim:
+                if factor.shape != self.stopped_at.shape:
+                    raise ValueError(
+                        f"schedule: gave shape {tuple(factor.shape)}; a number "
+                        f"or one for each of {len(self.stopped_at)} members "
+                        "is accepted"
+                    )
+                factor = factor.to(g.device)[self.members, None]
             h["lr"] = h["lr"] * factor
         self.shrink(h)
         self.optimiser.update(self.p, self.g, self.slots, t + 1, h)
@@ -771,8 +779,8 @@ def fit(
     decay
         What weight decay acts on: names of parameters (default all), or, for
         an optimiser with decoupled decay, a function `decay(params, rate)`
-        that shrinks the stacked parameters in place, where `rate` is
-        lr * weight_decay: a number or `[A]`.
+        that shrinks the stacked trainable parameters in place, where `rate`
+        is lr * weight_decay: a number or `[A]`.
     clip
         Largest norm of a member's gradient over all its parameters.
     masks
@@ -811,6 +819,10 @@ def fit(
         run.columns["clip"] = _column("clip", clip, size, run.members.device)
     run.set_masks(masks or {})
     snapshots, wanted = {}, set(checkpoints)
+    if outside := sorted(wanted - set(range(steps + 1))):
+        raise ValueError(
+            f"checkpoints: got {outside}; steps from 0 to {steps} are accepted"
+        )
     for t in range(steps + 1):
         batch = batches(t, run.members)
         batch.own = run.own
@@ -1212,7 +1224,7 @@ class Ensemble:
     ) -> Ensemble:
         """This ensemble after a run."""
         hyper = {
-            f.name: torch.as_tensor(value, dtype=torch.float64)
+            f.name: torch.as_tensor(value, dtype=torch.float64).cpu()
             for f in fields(optimiser)
             if not isinstance(
                 value := getattr(optimiser, f.name), (bool, str, float, int)
@@ -1586,19 +1598,23 @@ class ChainSupervised(Supervised):
             kept = self.buffers[key] = like.new_empty(shape)
         return kept
 
-    def activations(self, tensors: Mapping[str, Tensor], x: Tensor) -> list:
+    def activations(
+        self, tensors: Mapping[str, Tensor], x: Tensor, reuse: bool
+    ) -> list:
         """Input and output of every layer, `[A, d, B]` each."""
         x = x.mT if x.ndim == 3 else x.flatten(2).mT
         size, rows = tensors[self.layers[0][0]].shape[0], x.shape[2]
         hs = [x if x.shape[0] == size else x.expand(size, -1, -1)]
         for k, (weight, bias, activation) in enumerate(self.layers):
             w = tensors[weight]
-            out = self.buffer((k, rows), (size, w.shape[1], rows), w)
+            out = None
+            if reuse:
+                out = self.buffer((k, rows), (size, w.shape[1], rows), w)
             if bias is None:
-                torch.bmm(w, hs[-1], out=out)
+                out = torch.bmm(w, hs[-1], out=out)
             else:
                 column = tensors[bias].unsqueeze(2)
-                torch.baddbmm(column, w, hs[-1], out=out)
+                out = torch.baddbmm(column, w, hs[-1], out=out)
             if activation is not None:
                 _INPLACE[activation][0](out)
             hs.append(out)
@@ -1606,7 +1622,7 @@ class ChainSupervised(Supervised):
 
     @torch.no_grad()
     def forward(self, tensors, x):
-        return self.activations(tensors, x)[-1].mT.clone()
+        return self.activations(tensors, x, reuse=False)[-1].mT
 
     @torch.no_grad()
     def value_and_grad(self, params, batch, grads):
@@ -1618,7 +1634,7 @@ class ChainSupervised(Supervised):
             if total > BLOCK:
                 x = x[:, at : at + BLOCK]
                 y = _tree_map(lambda v, at=at: v[:, at : at + BLOCK], y)
-            hs = self.activations(params, x)
+            hs = self.activations(params, x, reuse=True)
             losses, delta = _logit_gradient(self.criterion, hs[-1], y)
             self.backward(params, hs, delta.div_(total), grads, at > 0)
             values.append(losses.sum(1))
@@ -1779,15 +1795,27 @@ def _checked_data(
     return x, y, rows
 
 
-def _check_labels(y: Any, outputs: Tensor) -> None:
-    """Refuse labels outside of the model's classes."""
-    if isinstance(y, Tensor) and not y.is_floating_point():
-        low, high, classes = int(y.min()), int(y.max()), outputs.shape[-1]
-        if low < 0 or high >= classes:
+def _check_labels(y: Tensor, own: bool, outputs: Tensor) -> None:
+    """Refuse targets that are no labels or probabilities of the classes."""
+    classes, shape = outputs.shape[-1], tuple(y.shape[1 + own :])
+    if y.is_floating_point():
+        if shape != tuple(outputs.shape[2:]):
             raise ValueError(
-                f"data: labels {low}..{high}; the model has {classes} "
-                f"outputs, so 0..{classes - 1} are accepted"
+                f"data: probabilities of shape {shape} a row; the model's "
+                f"outputs have {tuple(outputs.shape[2:])}"
             )
+        return
+    if shape != tuple(outputs.shape[2:-1]):
+        raise ValueError(
+            f"data: labels of shape {shape} a row; "
+            f"{tuple(outputs.shape[2:-1])} is what the model's outputs need"
+        )
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"data: labels {low}..{high}; the model has {classes} outputs, "
+            f"so 0..{classes - 1} are accepted"
+        )
 
 
 class Watch:
@@ -1922,12 +1950,14 @@ def train(
     criterion = criterion_of(loss, smoothing)
     batches = Batches(x, y, seeds, batch_size, rows, per_member)
     objective = _objective_for(start, criterion, engine)
-    if loss == "cross_entropy":
-        probe = batches.first()
-        _check_labels(y, objective.forward(start.tensors(), probe))
+    if loss == "cross_entropy" and isinstance(y, Tensor):
+        with torch.no_grad():
+            probe = objective.forward(start.tensors(), batches.first())
+        _check_labels(y, "y" in per_member, probe)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     for name, (wx, wy) in (watch or {}).items():
         callbacks.insert(0, Watch(name, wx, wy, criterion, dtype, device))
+    trainable = rest.pop("trainable", None)
     run = fit(
         start.tensors(),
         objective,
@@ -1936,7 +1966,7 @@ def train(
         batches=batches,
         callbacks=callbacks,
         every=every or max(1, steps // 100),
-        trainable=rest.pop("trainable", list(start.params)),
+        trainable=list(start.params) if trainable is None else trainable,
         **rest,
     )
     return start.finished(run, optimiser, criterion)

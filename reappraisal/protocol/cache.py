@@ -21,7 +21,7 @@ except ImportError:  # Windows: no locks; writes are whole all the same
     fcntl = None
 
 # %% auto #0
-__all__ = ['SCHEMA', 'StorageFull', 'write_whole', 'Damaged', 'Entry', 'pack', 'unpack', 'Lock', 'Store']
+__all__ = ['SCHEMA', 'StorageFull', 'write_whole', 'Damaged', 'Entry', 'pack', 'unpack', 'Lock', 'Store', 'process_lives']
 
 # %% ../../nbs/protocol/cache.ipynb #2f8410d6
 class StorageFull(OSError):
@@ -193,7 +193,7 @@ class Store:
         if not (self.folder / ".gitignore").exists():
             write_whole(self.folder / ".gitignore", b"*\n")
         for part in self.folder.rglob(".*.part"):
-            if not _lives(int(part.name.split(".")[-3])):
+            if not process_lives(int(part.name.split(".")[-3])):
                 with suppress(OSError):
                     part.unlink()
 
@@ -271,7 +271,8 @@ class Store:
             file.unlink(missing_ok=True)
 
 
-def _lives(pid: int) -> bool:
+def process_lives(pid: int) -> bool:
+    """Whether a process of this number exists on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

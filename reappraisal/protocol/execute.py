@@ -26,6 +26,7 @@ from reappraisal.protocol.book import (
 )
 from reappraisal.protocol.kernels import (
     ForkServer,
+    SharedServer,
     core_count,
     kernel_environment,
     kernel_manager,
@@ -37,8 +38,8 @@ from reappraisal.protocol.provenance import (
 )
 
 # %% auto #0
-__all__ = ['Job', 'make_job', 'unpack_job', 'Result', 'notebook_bytes', 'clean_outputs', 'put_outputs', 'Session', 'warm_server',
-           'close_servers', 'stop_jobs', 'execute', 'machine', 'versions_here']
+__all__ = ['Job', 'preload', 'make_job', 'unpack_job', 'Result', 'notebook_bytes', 'clean_outputs', 'put_outputs', 'Session',
+           'warm_server', 'close_servers', 'stop_jobs', 'execute', 'machine', 'versions_here']
 
 # %% ../../nbs/protocol/execute.ipynb #94768cf1
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Job:
     threads: int = 1
     timeout: float | None = None
     label: str = ""
+    server: str = ""
 
     def __repr__(self) -> str:
         return f"Job({self.chapter}, {self.key[:12]}, {len(self.files)} files)"
@@ -67,7 +69,18 @@ _FORKABLE = (
 ).split()
 
 
-def _preload(libraries) -> tuple[str, ...]:
+def preload(libraries) -> tuple[str, ...]:
+    """Those libraries that a fork server may import, in a fixed order.
+
+    Parameters
+    ----------
+    libraries : iterable of str
+        Dotted names.
+
+    Returns
+    -------
+    tuple of str
+    """
     chosen = [n for n in libraries if n.split(".")[0] in _FORKABLE]
     if any(n.startswith("matplotlib") for n in chosen):
         chosen += ["matplotlib.pyplot", "matplotlib.backends.backend_agg"]
@@ -84,6 +97,7 @@ def make_job(
     threads: int = 1,
     timeout: float | None = None,
     label: str = "",
+    server: str = "",
 ) -> Job:
     """Pack a chapter with all that its key covers.
 
@@ -102,6 +116,9 @@ def make_job(
         Seconds for all cells together.
     label : str
         Tells this attempt from others.
+    server : str
+        Folder of a fork server on the worker's machine to share, if there
+        is one.
 
     Returns
     -------
@@ -124,11 +141,12 @@ def make_job(
         },
         files={p: f.read_bytes() for p, f in files.items() if f.is_file()},
         versions=provenance.versions,
-        libraries=_preload(provenance.libraries),
-        later=_preload(provenance.later - provenance.libraries),
+        libraries=preload(provenance.libraries),
+        later=preload(provenance.later - provenance.libraries),
         threads=threads,
         timeout=timeout,
         label=label,
+        server=server,
     )
 
 # %% ../../nbs/protocol/execute.ipynb #84382f37
@@ -285,7 +303,8 @@ class Session:
         self.cell = cell_index
         if self.tell:
             cells = len(self.executed["cells"])
-            self.tell({"event": "cell", "cell": cell_index + 1, "of": cells})
+            place = {"cell": cell_index + 1, "of": cells}
+            self.tell({"event": "cell"} | place)
 
 
 @lru_cache(maxsize=1)
@@ -330,7 +349,7 @@ _starting = threading.Lock()
 
 
 def warm_server(
-    threads: int, libraries=(), later=()
+    threads: int, libraries=(), later=(), share: str = ""
 ) -> ForkServer | None:
     """This process's fork server; None where the system cannot fork.
 
@@ -341,6 +360,8 @@ def warm_server(
     libraries, later : iterable of str
         What to import before the first fork, if the server has to be
         started, and what to import in quiet moments.
+    share : str
+        Folder of a server to use instead, if it is there.
 
     Returns
     -------
@@ -351,7 +372,10 @@ def warm_server(
     with _starting:
         server = _servers.get(threads)
         if server is None or not server.running:
-            server = ForkServer(libraries, later, threads)
+            try:
+                server = SharedServer(share, threads)
+            except OSError:
+                server = ForkServer(libraries, later, threads)
             _servers[threads] = server
         server.want([*libraries, *later])
         return server
@@ -387,6 +411,12 @@ def stop_jobs(prefix: str) -> int:
     return len(found)
 
 # %% ../../nbs/protocol/execute.ipynb #d2d7609d
+_UNDECLARED = (
+    " (a chapter sees only those files of the checkout that it declares "
+    "in a cell: `#| inputs: PATTERN`)"
+)
+
+
 def _what_went_wrong(error: Exception, session: Session) -> tuple[str, dict]:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -396,7 +426,8 @@ def _what_went_wrong(error: Exception, session: Session) -> tuple[str, dict]:
     if isinstance(error, PapermillExecutionError):
         session.cell = error.cell_index
         lines = [re.sub(r"\x1b\[[\d;]*m", "", t) for t in error.traceback]
-        details = {"name": error.ename, "message": error.evalue}
+        hint = _UNDECLARED if error.ename == "FileNotFoundError" else ""
+        details = {"name": error.ename, "message": error.evalue + hint}
         return "error", details | {"traceback": lines}
     if isinstance(error, CellTimeoutError):
         message = f"no end after {session.timeout:g} s; the kernel was killed"
@@ -445,7 +476,7 @@ def execute(job: Job, tell=None) -> Result:
     if here:
         error = {"name": "WrongVersions", "message": here}
         return Result("refused", error=error)
-    server = warm_server(job.threads, job.libraries, job.later)
+    server = warm_server(job.threads, job.libraries, job.later, job.server)
     home = server.folder if server else None
     base = Path(tempfile.mkdtemp(prefix="j", dir=home))
     try:

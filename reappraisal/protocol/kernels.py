@@ -14,6 +14,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,8 @@ from pathlib import Path
 from queue import Empty
 
 # %% auto #0
-__all__ = ['thread_environment', 'core_count', 'kernel_environment', 'serve', 'ForkedKernel', 'ForkServer', 'kernel_manager']
+__all__ = ['thread_environment', 'core_count', 'kernel_environment', 'serve', 'ForkedKernel', 'ForkServer', 'SharedServer',
+           'kernel_manager']
 
 # %% ../../nbs/protocol/kernels.ipynb #cb306159
 def thread_environment(threads: int) -> dict[str, str]:
@@ -139,53 +141,83 @@ def _child(order: dict, parent: int, close: list[int]) -> None:
         os._exit(code)
 
 # %% ../../nbs/protocol/kernels.ipynb #22885d4a
-def _report(stream, **event) -> None:
-    stream.write(json.dumps(event) + "\n")
-    stream.flush()
+class _Client:
+    """One who gives orders to the server, and the kernels that it has."""
+
+    def __init__(self, read: int, write: int, connection=None):
+        self.read, self.write, self.connection = read, write, connection
+        self.alive: set[int] = set()
+        self.text = b""
+
+    def tell(self, **event) -> None:
+        """Report an event; who does not listen any more is left alone."""
+        with suppress(OSError):
+            os.write(self.write, json.dumps(event).encode() + b"\n")
+
+    def orders(self) -> list[dict] | None:
+        """The orders that have come; None when the client has gone."""
+        try:
+            data = os.read(self.read, 1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            return None
+        *lines, self.text = (self.text + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def leave(self) -> None:
+        """Kill what is left of its kernels."""
+        for pid in self.alive:
+            _kill_group(pid, signal.SIGKILL)
+        if self.connection is not None:
+            self.connection.close()
 
 
 def _kill_group(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
 
-
-def _reap(stream, alive: set[int]) -> None:
-    for pid in list(alive):
+# %% ../../nbs/protocol/kernels.ipynb #43443ed2
+def _reap(clients: list[_Client], orphans: set[int]) -> None:
+    owners = [(c, pid) for c in clients for pid in c.alive]
+    for client, pid in [*owners, *((None, pid) for pid in list(orphans))]:
         done, status, used = os.wait4(pid, os.WNOHANG)
-        if done:
-            alive.discard(pid)
-            _kill_group(pid, signal.SIGKILL)  # whatever it left running
-            code = os.waitstatus_to_exitcode(status)
-            cpu = used.ru_utime + used.ru_stime
-            _report(stream, event="exit", pid=pid, code=code, cpu=cpu)
+        if not done:
+            continue
+        _kill_group(pid, signal.SIGKILL)  # whatever it left running
+        if client is None:
+            orphans.discard(pid)
+            continue
+        client.alive.discard(pid)
+        code = os.waitstatus_to_exitcode(status)
+        cpu = used.ru_utime + used.ru_stime
+        client.tell(event="exit", pid=pid, code=code, cpu=cpu)
 
 
-def _obey(order: dict, stream, alive: set[int], close: list[int]) -> None:
+def _obey(order: dict, client: _Client, close: list[int]) -> None:
     if order["do"] == "signal":
-        if order["pid"] in alive:
+        if order["pid"] in client.alive:
             _kill_group(order["pid"], order["signal"])
         return
     parent = os.getpid()
     try:
         pid = os.fork()
     except OSError as error:  # no memory, or too many processes
-        _report(stream, event="unborn", id=order["id"], why=str(error))
+        client.tell(event="unborn", id=order["id"], why=str(error))
         return
     if pid == 0:
         _child(order, parent, close)
-    alive.add(pid)
-    _report(stream, event="born", id=order["id"], pid=pid)
+    client.alive.add(pid)
+    client.tell(event="born", id=order["id"], pid=pid)
 
-# %% ../../nbs/protocol/kernels.ipynb #43443ed2
+
 def _import_quietly(name: str) -> None:
     try:
         importlib.import_module(name)
     except Exception:
         pass  # the chapter that needs it will say so, in its own words
 
-
+# %% ../../nbs/protocol/kernels.ipynb #1ee2aa7e
 def serve(modules: list[str], later: list[str], folder: str) -> None:
     """Fork kernels on request until standard input closes.
 
@@ -201,7 +233,7 @@ def serve(modules: list[str], later: list[str], folder: str) -> None:
     folder : str
         Removed at the end: logs, sockets and all that kernels wrote there.
     """
-    stream = os.fdopen(os.dup(1), "w")
+    owner = _Client(0, os.dup(1))
     os.dup2(2, 1)
     waker, wake = os.pipe()
     os.set_blocking(waker, False)
@@ -209,38 +241,51 @@ def serve(modules: list[str], later: list[str], folder: str) -> None:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    close = [stream.fileno(), waker, wake]
-    alive: set[int] = set()
-    waiting, text = deque(later), b""
+    door = socket.socket(socket.AF_UNIX)
+    door.bind(f"{folder}/door")
+    door.listen()
+    clients, orphans, waiting = [owner], set(), deque(later)
     try:
         for name in modules:
             _import_quietly(name)
-        _report(stream, event="ready", pid=os.getpid())
+        owner.tell(event="ready", pid=os.getpid())
         while True:
             idle = 0 if waiting else None
-            ready, _, _ = select.select([0, waker], [], [], idle)
+            by_read = {client.read: client for client in clients}
+            ready, _, _ = select.select(
+                [waker, door.fileno(), *by_read], [], [], idle
+            )
             if not ready:
                 _import_quietly(waiting.popleft())
                 if not waiting:
                     gc.freeze()
             if waker in ready:
                 os.read(waker, 4096)
-                _reap(stream, alive)
-            if 0 in ready:
-                data = os.read(0, 1 << 16)
-                if not data:
-                    break
-                *lines, text = (text + data).split(b"\n")
-                for order in map(json.loads, lines):
+                _reap(clients, orphans)
+            if door.fileno() in ready:
+                guest = door.accept()[0]
+                number = guest.fileno()
+                clients.append(_Client(number, number, guest))
+                clients[-1].tell(event="ready", pid=os.getpid())
+            for client in [by_read[n] for n in ready if n in by_read]:
+                orders = client.orders()
+                if orders is None:
+                    client.leave()
+                    clients.remove(client)
+                    orphans |= client.alive
+                    if client is owner:
+                        return
+                    continue
+                close = [waker, wake, door.fileno(), owner.write]
+                close += [c.read for c in clients if c is not owner]
+                for order in orders:
                     if order["do"] == "import":
                         waiting.extend(order["modules"])
                     else:
-                        _obey(order, stream, alive, close)
-    except BrokenPipeError:
-        pass
+                        _obey(order, client, close)
     finally:
-        for pid in alive:
-            _kill_group(pid, signal.SIGKILL)
+        for client in clients:
+            client.leave()
         shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/protocol/kernels.ipynb #20e03e46
@@ -325,14 +370,8 @@ class ForkServer:
     """
 
     def __init__(self, modules=(), later=(), threads: int = 1):
-        self.threads = threads
         self.folder = Path(tempfile.mkdtemp(prefix="reappraisal-"))
-        self.kernels: dict[int, ForkedKernel] = {}
-        self._unborn: dict[int, ForkedKernel] = {}
-        self._lock, self._ready = threading.Lock(), threading.Event()
-        self._count = 0
         first = ["ipykernel.kernelapp", "ipykernel.ipkernel"]
-        self._known = {*first, *modules, *later}
         names = json.dumps([[*first, *modules], list(later)])
         here = find_spec("reappraisal.protocol.kernels").origin
         with open(self.folder / "server.log", "wb") as log:
@@ -344,7 +383,17 @@ class ForkServer:
                 env=os.environ | kernel_environment(threads),
                 start_new_session=True,
             )
+        self._connect(self.process.stdin, self.process.stdout, threads)
+        self._known = {*first, *modules, *later}
         atexit.register(self.close)
+
+    def _connect(self, write, read, threads: int) -> None:
+        self.threads, self.kernels = threads, {}
+        self._write, self._read, self._count = write, read, 0
+        self._unborn: dict[int, ForkedKernel] = {}
+        self._lock, self._ready = threading.Lock(), threading.Event()
+        self._known: set[str] = set()
+        self._gone = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     def __enter__(self) -> ForkServer:
@@ -355,19 +404,19 @@ class ForkServer:
 
     def __repr__(self) -> str:
         alive = sum(k.poll() is None for k in self.kernels.values())
-        return f"ForkServer(pid={self.process.pid}, {alive} alive)"
+        return f"{type(self).__name__}({self.folder}, {alive} alive)"
 
     @property
     def running(self) -> bool:
         """Whether the process is there to take orders."""
-        return self.process.poll() is None
+        return not self._gone
 
     def order(self, **order) -> None:
         """Send one order to the process."""
         try:
             with self._lock:
-                self.process.stdin.write(json.dumps(order).encode() + b"\n")
-                self.process.stdin.flush()
+                self._write.write(json.dumps(order).encode() + b"\n")
+                self._write.flush()
         except (OSError, ValueError):
             if order["do"] != "signal":
                 raise RuntimeError("the fork server has gone") from None
@@ -407,7 +456,8 @@ class ForkServer:
         with self._lock:
             self._count += 1
             number = self._count
-        kernel = ForkedKernel(self, self.folder / f"kernel-{number}.log")
+        log = self.folder / f"kernel-{os.getpid()}-{number}.log"
+        kernel = ForkedKernel(self, log)
         self._unborn[number] = kernel
         self.order(
             do="fork",
@@ -424,7 +474,7 @@ class ForkServer:
         return kernel
 
     def _listen(self) -> None:
-        for line in self.process.stdout:
+        for line in _lines(self._read):
             event = json.loads(line)
             if event["event"] == "ready":
                 self._ready.set()
@@ -441,6 +491,7 @@ class ForkServer:
                 kernel = self.kernels.pop(event["pid"])
                 kernel.cpu_seconds = event["cpu"]
                 self._buried(kernel, event["code"])
+        self._gone = True
         self._ready.set()
         for kernel in [*self._unborn.values(), *self.kernels.values()]:
             self._buried(kernel, -signal.SIGKILL)
@@ -453,10 +504,8 @@ class ForkServer:
     def close(self) -> None:
         """Kill every kernel and the server, and remove its folder."""
         atexit.unregister(self.close)
-        try:
+        with suppress(OSError):
             self.process.stdin.close()
-        except OSError:
-            pass
         for end in (lambda: None, self.process.terminate, self.process.kill):
             end()
             try:
@@ -464,7 +513,43 @@ class ForkServer:
                 break
             except subprocess.TimeoutExpired:
                 continue
+        self._gone = True
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _lines(stream):
+    with suppress(OSError, ValueError):
+        yield from stream
+
+
+class SharedServer(ForkServer):
+    """Another process's fork server, used from here.
+
+    Parameters
+    ----------
+    folder : Path
+        That server's `folder`.
+    threads : int
+        Threads each kernel may use.
+
+    Raises
+    ------
+    OSError
+        If it is not there.
+    """
+
+    def __init__(self, folder: str | Path, threads: int = 1):
+        self.folder = Path(folder)
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(self.folder / "door"))
+        write, read = (self._socket.makefile(mode) for mode in ("wb", "rb"))
+        self._connect(write, read, threads)
+
+    def close(self) -> None:
+        """Leave; kernels that were started from here end."""
+        self._gone = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
 # %% ../../nbs/protocol/kernels.ipynb #93f7d0e1
 def kernel_manager(server: ForkServer | None, folder: Path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import secrets
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from reappraisal.protocol.book import (
     BadNotebook,
@@ -31,6 +33,7 @@ from reappraisal.protocol.cache import (
     Lock,
     StorageFull,
     Store,
+    process_lives,
     write_whole,
 )
 from reappraisal.protocol.execute import (
@@ -40,9 +43,11 @@ from reappraisal.protocol.execute import (
     execute,
     make_job,
     notebook_bytes,
+    preload,
     stop_jobs,
 )
 from reappraisal.protocol.kernels import (
+    ForkServer,
     core_count,
 )
 from reappraisal.protocol.provenance import (
@@ -172,7 +177,7 @@ def write_back(chapter: Chapter, entry: Entry) -> bool:
 class Here:
     """Runs one job at a time in this process."""
 
-    slots = 1
+    slots, shared = 1, ""
 
     def __init__(self, threads: int | None = None):
         self.threads = threads or core_count()
@@ -213,6 +218,9 @@ class OnDask:
         Address of a cluster to use instead.
     threads : int, optional
         Threads a kernel may use; by default the cores are shared out evenly.
+    libraries : iterable of str
+        What the chapters import; the workers of a local cluster share one
+        fork server, which begins with that at once.
     """
 
     def __init__(
@@ -220,14 +228,19 @@ class OnDask:
         workers: int,
         scheduler: str | None = None,
         threads: int | None = None,
+        libraries: Iterable[str] = (),
     ):
         import dask
         from distributed import Client, LocalCluster
 
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
         self.topic = f"{PACKAGE}-{secrets.token_hex(8)}"
-        self.folder, self.cluster = None, None
+        self.folder, self.cluster, self.server = None, None, None
         if scheduler is None:
-            self.folder = tempfile.mkdtemp(prefix="reappraisal-dask-")
+            self.threads = threads or max(core_count() // workers, 1)
+            if hasattr(os, "fork"):
+                self.server = ForkServer(libraries, (), self.threads)
+            self.folder = _scratch()
             once = {"distributed.scheduler.allowed-failures": 0}
             with dask.config.set(once):
                 self.cluster = LocalCluster(
@@ -236,25 +249,29 @@ class OnDask:
                     processes=True,
                     memory_limit=0,
                     dashboard_address=None,
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
                     silence_logs=logging.CRITICAL,
-                    local_directory=self.folder,
+                    local_directory=str(self.folder),
                 )
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
         try:
             self.client = Client(self.cluster or scheduler)
         except OSError as error:
             raise ConnectionError(
                 f"no Dask scheduler answers at {scheduler}: {error}"
             ) from None
-        self.threads = threads or self._share_of_cores(workers)
+        if scheduler is not None:
+            self.threads = threads or self._share_of_cores()
         self._tells: dict[str, Callable] = {}
         self._futures: dict[str, object] = {}
         self._counted = (0.0, workers if scheduler is None else 0)
         self.client.subscribe_topic(self.topic, self._heard)
 
-    def _share_of_cores(self, workers: int) -> int:
-        if self.cluster is not None:
-            return max(core_count() // workers, 1)
+    @property
+    def shared(self) -> str:
+        """Folder of the fork server that the workers share; empty if none."""
+        return str(self.server.folder) if self.server else ""
+
+    def _share_of_cores(self) -> int:
         cores, slots = self.client.run(core_count), self.client.nthreads()
         on_host: dict[str, int] = {}
         for address, count in slots.items():
@@ -314,10 +331,21 @@ class OnDask:
                     nanny.process.process.kill()
         with suppress(Exception):
             self.client.close(timeout=2)
+        if self.server is not None:
+            self.server.close()
         if self.cluster is not None:
             with suppress(Exception):
                 self.cluster.close(timeout=2)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+# %% ../../nbs/protocol/runner.ipynb #1d69e5bc
+def _scratch() -> Path:
+    prefix = "reappraisal-dask-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        pid = left.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdigit() and not process_lives(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-"))
 
 # %% ../../nbs/protocol/runner.ipynb #8a0148b2
 @dataclass
@@ -482,7 +510,7 @@ class Run:
     def _work_through(self, tasks: list[Task]) -> None:
         missing = [task for task in tasks if not self._from_store(task)]
         if missing and self.pool is None:
-            self.pool = self._make_pool(len(missing))
+            self.pool = self._make_pool(missing)
         self._todo.extend(missing)
         while self._todo or self._flying:
             if self._full:
@@ -491,11 +519,13 @@ class Run:
             with suppress(queue.Empty):
                 self._handle(*self._news.get(timeout=0.2))
 
-    def _make_pool(self, count: int) -> Here | OnDask:
-        workers = min(self.workers, count)
+    def _make_pool(self, tasks: list[Task]) -> Here | OnDask:
+        workers = min(self.workers, len(tasks))
         if self.scheduler is None and workers <= 1:
             return Here(self.threads)
-        return OnDask(workers, self.scheduler, self.threads)
+        needed = [task.provenance.libraries for task in tasks]
+        libraries = preload(frozenset().union(*needed))
+        return OnDask(workers, self.scheduler, self.threads, libraries)
 
     # The store
 
@@ -536,6 +566,7 @@ class Run:
             self.pool.threads,
             self.timeout,
             label,
+            self.pool.shared,
         )
         if not self._unchanged(task):
             return
@@ -701,7 +732,7 @@ class Run:
 
 
 def _reads_chapters(found: Provenance) -> bool:
-    return any(name.startswith("nbs/") for name in found.files)
+    return any(name.endswith(".ipynb") for name in found.files)
 
 # %% ../../nbs/protocol/runner.ipynb #50d530f1
 @dataclass(frozen=True)

@@ -107,11 +107,12 @@ def undisturbed(run, patience: float):
     is thrown away and repeated, for at most `patience` seconds.
     """
     until = time.monotonic() + patience
+    gc.collect()
     while True:
-        gc.collect()
-        began, before = time.monotonic(), busy()
-        time.sleep(0.1)
-        if before and busy() - before > 0.03 and began < until:
+        before = busy()
+        time.sleep(0.5)
+        hopeless = time.monotonic() > until
+        if busy() - before > 0.05 and not hopeless:
             continue
         before, own = busy(), sum(os.times()[:2])
         t0 = time.perf_counter()
@@ -119,7 +120,7 @@ def undisturbed(run, patience: float):
         wall = time.perf_counter() - t0
         others = busy() - before - (sum(os.times()[:2]) - own)
         quiet = others < 0.03 + 0.05 * wall
-        if quiet or time.monotonic() > until:
+        if quiet or hopeless:
             return out, quiet
 
 

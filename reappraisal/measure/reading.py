@@ -234,7 +234,7 @@ class _Slices:
             yield self.x[rows], None if self.y is None else self.y[rows]
 
 # %% ../../nbs/measure/reading.ipynb #2269cdb2
-def _real(values: Any, name: str) -> Tensor:
+def _real(values: Any, name: str, finite: bool = True) -> Tensor:
     """A floating tensor, single precision at least, [..., N, C]."""
     t = torch.as_tensor(values)
     if t.is_complex():
@@ -246,7 +246,7 @@ def _real(values: Any, name: str) -> Tensor:
             f"{name}: got shape {tuple(t.shape)}; [N, C] or [S, N, C] with "
             "at least one member, sample and class is accepted"
         )
-    if not bool(torch.isfinite(t).all()):
+    if finite and not bool(torch.isfinite(t).all()):
         bad = (~torch.isfinite(t)).any(-1)
         where = tuple(bad.nonzero()[0].tolist())
         of = "sample" if t.ndim == 2 else "(member, sample)"
@@ -311,16 +311,17 @@ def as_probs(
         If the shape is another, something is missing or not finite, a
         probability is negative or a row does not sum to one.
     """
-    t = _real(probs, name)
-    low = t.min().item()
-    if low < -atol:
-        raise ValueError(
-            f"{name}: smallest is {low:.4g}; probabilities are accepted "
-            "(softmax of logits)"
-        )
-    total = t.sum(-1)
-    off = (total - 1).abs()
-    if off.max() > atol:
+    t = _real(probs, name, finite=False)
+    total = t @ t.new_ones(t.shape[-1])
+    off, low = (total - 1).abs(), t.min().item()
+    # not (small) rather than large: NaN is neither
+    if not (low >= -atol and off.max() <= atol):
+        _real(t, name)
+        if low < -atol:
+            raise ValueError(
+                f"{name}: smallest is {low:.4g}; probabilities are accepted "
+                "(softmax of logits)"
+            )
         worst = total.flatten()[off.argmax()].item()
         raise ValueError(
             f"{name}: a row sums to {worst:.4g}; rows that sum to 1 within "

@@ -24,6 +24,8 @@ import os
 import platform
 import statistics
 import time
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +86,7 @@ def peak(repeat: int = 5) -> float:
 
 def flops(members: int, rows: int) -> float:
     """Multiplications and additions in the matrix products of a step."""
-    weights = [a * b for a, b in zip(SIZES[:-1], SIZES[1:])]
+    weights = [a * b for a, b in pairwise(SIZES)]
     return members * rows * 2 * (3 * sum(weights) - weights[0])
 
 
@@ -194,7 +196,7 @@ def jax_runner(start, x, y, order, steps):
     names = list(start)
     p = [
         (jnp.asarray(start[w].mT.numpy()), jnp.asarray(start[b].numpy()))
-        for w, b in zip(names[::2], names[1::2])
+        for w, b in zip(names[::2], names[1::2], strict=True)
     ]
     if order is None:
         rows = jnp.zeros((len(p[0][0]), steps), jnp.int32)
@@ -211,7 +213,7 @@ def jax_runner(start, x, y, order, steps):
         flat = [torch.tensor(np.asarray(a)) for pair in q for a in pair]
         found = {
             n: a.mT if n.endswith("weight") else a
-            for n, a in zip(names, flat)
+            for n, a in zip(names, flat, strict=True)
         }
         return seconds, found
 
@@ -257,7 +259,9 @@ def compare(members, rows, steps, args, x, y, log) -> dict:
         "seconds": seconds,
         "disturbed_timings": disturbed,
         "speedup_over": {
-            k: statistics.median(b / a for a, b in zip(ours, v))
+            k: statistics.median(
+                b / a for a, b in zip(ours, v, strict=True)
+            )
             for k, v in seconds.items()
             if k != "stacked"
         },
@@ -283,7 +287,7 @@ def scaling(counts, rows, steps, args, x, y, log) -> list[dict]:
         seeds = range(1000, 1000 + members)
         for _ in range(3):
             (spent, _), _ = undisturbed(
-                lambda: stacked("auto")(net, x, y, seeds, rows, steps),
+                partial(stacked("auto"), net, x, y, seeds, rows, steps),
                 args.patience,
             )
             times.append(spent)

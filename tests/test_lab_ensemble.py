@@ -454,14 +454,14 @@ def test_an_optimiser_of_ones_own():
         loss = F.cross_entropy(module(xy[0]), xy[1])
         grads = torch.autograd.grad(loss, params)
         norm = torch.stack([g.norm() for g in grads]).norm()
-        away = [p + 0.05 * g / norm for p, g in zip(params, grads)]
+        away = [p + 0.05 * g / norm for p, g in zip(params, grads, strict=True)]
         names = [n for n, _ in module.named_parameters()]
         out = torch.func.functional_call(
-            module, dict(zip(names, away)), (xy[0],)
+            module, dict(zip(names, away, strict=True)), (xy[0],)
         )
         grads = torch.autograd.grad(F.cross_entropy(out, xy[1]), away)
         with torch.no_grad():
-            for p, g in zip(params, grads):
+            for p, g in zip(params, grads, strict=True):
                 p -= 0.2 * g
     for key, value in module.named_parameters():
         torch.testing.assert_close(stack.params[key][1], value.detach())

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .models import checked_seed, generator, reset
 from ..protocol.cache import Damaged, write_whole
+from .models import checked_seed, generator, reset
 
 # %% auto #0
 __all__ = ['Hyper', 'Schedule', 'LOSSES', 'BLOCK', 'Stack', 'Optimiser', 'scaled_', 'scaled_add_', 'SGD', 'Adam', 'AdamW',
@@ -294,7 +294,7 @@ def until(name: str, condition: Callable, hold: int = 1) -> Callable:
     def callback(state: State) -> None:
         holds = condition(state.recorded(name)).tolist()
         members = state.members.tolist()
-        for m, holding in zip(members, holds):
+        for m, holding in zip(members, holds, strict=True):
             runs[m] = runs.get(m, 0) + 1 if holding else 0
         reached = [runs[m] >= hold for m in members]
         state.stop(torch.tensor(reached, device=state.members.device))
@@ -635,7 +635,8 @@ class Run:
                 grads = torch.autograd.grad(
                     value.sum(), wanted, materialize_grads=True
                 )
-                for view, grad in zip(self.g.views.values(), grads):
+                views = self.g.views.values()
+                for view, grad in zip(views, grads, strict=True):
                     view.copy_(grad)
             if self.masking is not None:
                 self.g.flat.mul_(self.masking)
@@ -2059,10 +2060,10 @@ def sweep(
     parts = []
     for at in range(0, len(jobs), chunk):
         some = jobs[at : at + chunk]
-        values = zip(*(p for p, _ in some))
+        values = zip(*(p for p, _ in some), strict=True)
         columns = {
             k: torch.tensor(v, dtype=torch.float64)
-            for k, v in zip(grid, values)
+            for k, v in zip(grid, values, strict=True)
         }
         parts.append(
             train(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -244,7 +245,7 @@ def mlp(
     act = _named("activation", activation, ACTIVATIONS)
     normal = _named("norm", norm, {None: None, "layer": nn.LayerNorm})
     layers: list[nn.Module] = [nn.Flatten()]
-    for k, (fan_in, fan_out) in enumerate(zip(sizes[:-2], sizes[1:-1])):
+    for k, (fan_in, fan_out) in enumerate(pairwise(sizes[:-1])):
         part = [nn.Linear(fan_in, fan_out, bias=bias)]
         part += [normal(fan_out)] if normal else []
         part += [act()] if act is not nn.Identity else []
@@ -294,7 +295,7 @@ def convnet(
     """
     act = _named("activation", activation, ACTIVATIONS)
     layers: list[nn.Module] = []
-    for k, pair in enumerate(zip(channels[:-1], channels[1:])):
+    for k, pair in enumerate(pairwise(channels)):
         layers += [nn.AvgPool2d(2)] if k else []
         layers += _conv_block(*pair, norm, act)
     return nn.Sequential(

@@ -21,9 +21,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import ensemble, models
-from .ensemble import Ensemble, criterion_of, train, untrained
 from ..protocol.cache import Damaged
+from . import ensemble, models
+from reappraisal.lab.ensemble import (
+    Ensemble,
+    criterion_of,
+    train,
+    untrained,
+)
 
 # %% auto #0
 __all__ = ['fingerprint', 'architecture', 'cache_dir', 'ZooWarning', 'recipe', 'parents']

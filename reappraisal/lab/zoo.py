@@ -23,12 +23,7 @@ from torch import nn
 
 from ..protocol.cache import Damaged
 from . import ensemble, models
-from reappraisal.lab.ensemble import (
-    Ensemble,
-    criterion_of,
-    train,
-    untrained,
-)
+from .ensemble import Ensemble, train, untrained
 
 # %% auto #0
 __all__ = ['fingerprint', 'architecture', 'cache_dir', 'ZooWarning', 'recipe', 'parents']
@@ -269,6 +264,6 @@ def _kept(path: Path, model: Any, options: Mapping[str, Any]) -> Ensemble:
     seeds = first.seeds if first else list(options["seeds"])[:1]
     start = untrained(model, seeds, **given)
     how = {k: v for k, v in options.items() if k in ("loss", "smoothing")}
-    criterion = criterion_of(**{"loss": "cross_entropy", **how})
+    criterion = ensemble.criterion_of(**{"loss": "cross_entropy", **how})
     kept = Ensemble.load(path, start.template, criterion)
     return kept.to(options.get("device", "cpu"))

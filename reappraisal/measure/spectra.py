@@ -571,7 +571,7 @@ def fit_bulk(evals: Any, aspect: float) -> BulkFit:
     m = len(x)
     margin = math.sqrt(root * hi ** (2 / 3) * m ** (-2 / 3))
     return BulkFit(
-        sigma, lo * unit, hi * unit, hi / float(x[-1]),
+        sigma, float(lo * unit), float(hi * unit), float(hi / x[-1]),
         int((x > hi + margin).sum()),
     )
 

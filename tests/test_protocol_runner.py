@@ -351,9 +351,9 @@ def interrupted(book, number, *options):
     """Start a run, wait for one result and one kernel at work, stop it."""
     pid = book.root / "pid"
     book.add("a/a", "'done'")
-    book.add("a/b", f"import os, time\n"
-             f"open({str(pid)!r}, 'w').write(str(os.getpid()))",
-             once(book.root / "mark", "time.sleep(600)"))
+    deed = (f"open({str(pid)!r}, 'w').write(str(os.getpid())); "
+            "time.sleep(600)")
+    book.add("a/b", "import os, time", once(book.root / "mark", deed))
     process = book.start("run", *options, start_new_session=True)
     wait_until(lambda: book.results() and pid.exists() and pid.read_text())
     if number == signal.SIGINT:

@@ -341,13 +341,14 @@ class ForkedKernel:
 
 # %% ../../nbs/protocol/kernels.ipynb #bdde4b15
 _BOOT = """
-import importlib.util, json, sys
+import importlib.util, json, os, sys
 sys.path[:] = [p for p in sys.path if p]
 spec = importlib.util.spec_from_file_location("fork_server", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 sys.modules["fork_server"] = module
 spec.loader.exec_module(module)
 module.serve(*json.loads(sys.argv[2]), sys.argv[3])
+os._exit(0)
 """
 
 
@@ -506,13 +507,14 @@ class ForkServer:
         atexit.unregister(self.close)
         with suppress(OSError):
             self.process.stdin.close()
-        for end in (lambda: None, self.process.terminate, self.process.kill):
-            end()
+        ends = {self.process.terminate: 0.2, self.process.kill: 2}
+        for end, patience in ends.items():
             try:
-                self.process.wait(2)
+                self.process.wait(patience)
                 break
             except subprocess.TimeoutExpired:
-                continue
+                end()
+        self.process.wait()
         self._gone = True
         shutil.rmtree(self.folder, ignore_errors=True)
 

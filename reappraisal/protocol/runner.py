@@ -320,14 +320,17 @@ class OnDask:
 
     def close(self) -> None:
         """End whatever of ours still runs, and a cluster of our own."""
+        from distributed.core import Status
+
         left = list(self._futures.values())
         with suppress(Exception):
             if left and self.cluster is None:
                 self.client.cancel(left, force=True)
                 self.client.run(stop_jobs, self.topic, on_error="ignore")
-        if self.cluster is not None:
+        if left and self.cluster is not None:
             for nanny in self.cluster.workers.values():
                 with suppress(Exception):
+                    nanny.status = Status.closing_gracefully  # no new worker
                     nanny.process.process.kill()
         with suppress(Exception):
             self.client.close(timeout=2)

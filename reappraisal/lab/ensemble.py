@@ -28,8 +28,8 @@ from ..protocol.cache import Damaged, write_whole
 from .models import checked_seed, generator, reset
 
 # %% auto #0
-__all__ = ['Hyper', 'Schedule', 'LOSSES', 'BLOCK', 'Stack', 'Optimiser', 'scaled_', 'scaled_add_', 'SGD', 'Adam', 'AdamW',
-           'cosine', 'stepwise', 'Trace', 'FirstStep', 'first_step', 'until', 'Batch', 'State', 'Fit',
+__all__ = ['Hyper', 'Schedule', 'LOSSES', 'BLOCK', 'Stack', 'Optimiser', 'scaled_', 'scaled_add_', 'leak_', 'approach_', 'SGD',
+           'Adam', 'AdamW', 'cosine', 'stepwise', 'Trace', 'FirstStep', 'first_step', 'until', 'Batch', 'State', 'Fit',
            'DivergenceWarning', 'Run', 'fit', 'check_stackable', 'vmapped', 'cross_entropy', 'squared_error',
            'criterion_of', 'accuracy', 'Supervised', 'Batches', 'Scores', 'Ensemble', 'chain_of', 'ChainSupervised',
            'untrained', 'Watch', 'train', 'sweep']
@@ -82,7 +82,8 @@ class Optimiser:
 
     A subclass is a frozen dataclass whose fields are hyperparameters (each a
     number or one number per member). `update` receives them resolved: a
-    float, or a float64 column `[S, 1]`, for `scaled_` and `scaled_add_`.
+    float, or a float64 column `[S, 1]`; `scaled_`, `scaled_add_`, `leak_` and
+    `approach_` take either.
     """
 
     lr: Hyper
@@ -126,6 +127,18 @@ def scaled_add_(y: Tensor, x: Tensor, a: float | Tensor) -> Tensor:
     return y.add_(x, alpha=a)
 
 
+def leak_(y: Tensor, x: Tensor, a: float | Tensor) -> Tensor:
+    """`y = a * y + x`, for a number or a column `[S, 1]`."""
+    if isinstance(a, Tensor):
+        return scaled_(y, a).add_(x)
+    return torch.add(x, y, alpha=a, out=y)
+
+
+def approach_(y: Tensor, x: Tensor, a: float | Tensor) -> Tensor:
+    """`y += a * (x - y)`, for a number or a column `[S, 1]`."""
+    return y.lerp_(x, a.to(y.dtype) if isinstance(a, Tensor) else a)
+
+
 @dataclass(frozen=True)
 class SGD(Optimiser):
     """Gradient descent, with (Nesterov) momentum and L2 weight decay."""
@@ -141,8 +154,7 @@ class SGD(Optimiser):
         step, eta = g.flat, h["lr"]
         if state:
             (v,) = state
-            scaled_(v, h["momentum"]).add_(step)
-            step = v
+            step = leak_(v, step, h["momentum"])
             if self.nesterov:
                 step = scaled_add_(g.flat, v, h["momentum"])
         scaled_add_(p.flat, step, -eta)
@@ -161,13 +173,12 @@ class Adam(Optimiser):
     def update(self, p, g, state, t, h):
         m, v, scratch = state
         b1, b2 = h["beta1"], h["beta2"]
-        scaled_add_(scaled_(m, b1), g.flat, 1 - b1)
-        square = torch.mul(g.flat, g.flat, out=scratch)
-        scaled_add_(scaled_(v, b2), square, 1 - b2)
-        scale = torch.sqrt(v, out=scratch)
-        scaled_(scale, (1 - b2**t) ** -0.5).add_(h["eps"])
+        approach_(m, g.flat, 1 - b1)
+        approach_(v, torch.mul(g.flat, g.flat, out=scratch), 1 - b2)
+        root = (1 - b2**t) ** 0.5
+        scale = torch.sqrt(v, out=scratch).add_(h["eps"] * root)
         step = torch.div(m, scale, out=scratch)
-        scaled_add_(p.flat, step, -h["lr"] / (1 - b1**t))
+        scaled_add_(p.flat, step, -h["lr"] * root / (1 - b1**t))
 
 
 @dataclass(frozen=True)
@@ -1048,6 +1059,7 @@ class Batches:
         self.which = torch.tensor([unique.index(s) for s in seeds])
         self.streams = [generator(s, "order") for s in unique]
         self.left = torch.empty(len(unique), 0, dtype=torch.long)
+        self.ready: list[Tensor] = []
         self.alive: Tensor | None = None
 
     def epoch(self) -> Tensor:
@@ -1057,12 +1069,16 @@ class Batches:
 
     def order(self) -> Tensor:
         """The next batch of every stream, `[streams, B]`."""
-        if self.left.shape[1] < self.size:
-            need = math.ceil(self.size / self.count)
+        if not self.ready:
+            need = math.ceil((self.size - self.left.shape[1]) / self.count)
             fresh = [self.epoch() for _ in range(need)]
-            self.left = torch.cat([self.left, *fresh], 1)
-        rows, self.left = self.left[:, : self.size], self.left[:, self.size :]
-        return rows
+            pool = torch.cat([self.left, *fresh], 1)
+            *full, self.left = pool.split(self.size, 1)
+            if self.left.shape[1] == self.size:
+                full, self.left = [*full, self.left], self.left[:, :0]
+            block = torch.stack(full).to(self.device)
+            self.ready = list(reversed(block.unbind()))
+        return self.ready.pop()
 
     def first(self) -> Tensor:
         """One row of x, `[A or 1, 1, ...]`, to try a model on."""
@@ -1072,11 +1088,15 @@ class Batches:
         everyone = len(members) == len(self.which)
         if self.alive is not members:
             self.alive, self.stream = members, self.which[members.cpu()]
+            same = torch.arange(len(self.streams))
+            self.all = torch.equal(self.stream, same)
+            self.stream = self.stream.to(self.device)
             self.mine = None if self.rows is None else self.rows[members]
         rows = self.mine
         if self.size is not None:
-            order = self.order().index_select(0, self.stream)
-            order = order.to(self.device)
+            order = self.order()
+            if not self.all:
+                order = order.index_select(0, self.stream)
             rows = order if rows is None else rows.gather(1, order)
 
         def gathered(tensor: Tensor, own: bool) -> Tensor:
@@ -1574,15 +1594,79 @@ def _logit_gradient(
             (grad,) = torch.autograd.grad(losses.sum(), z)
         return losses.detach(), grad.mT.contiguous()
     logp = torch.log_softmax(logits, 1)
-    where = y[:, None].expand(len(logits), 1, -1)
-    losses = -logp.gather(1, where)[:, 0]
+    where = y.unsqueeze(1).expand(logits.shape[0], 1, -1)
+    losses = logp.gather(1, where).squeeze(1).neg_()
     if smoothing:
         losses = (1 - smoothing) * losses - smoothing * logp.mean(1)
     grad = logp.exp_()
     if smoothing:
         grad -= smoothing / logits.shape[1]
-    down = grad.new_full((1, 1, 1), smoothing - 1.0).expand(where.shape)
-    return losses, grad.scatter_add_(1, where, down)
+    less = grad.new_tensor(smoothing - 1.0).expand(where.shape)
+    return losses, grad.scatter_add_(1, where, less)
+
+
+class _Plan:
+    """Buffers for batches of so many rows, and what is done with them."""
+
+    def __init__(self, layers, params, grads, rows):
+        def get(table, name):
+            return table.get(name) if name else None
+
+        self.weight = params[layers[0][0]]
+        self.layers, h = [], None
+        for weight, bias, activation in layers:
+            w, b = params[weight], get(params, bias)
+            gw, gb = grads.get(weight), get(grads, bias)
+            out = w.new_empty(w.shape[0], w.shape[1], rows)
+            trained = gw is not None or gb is not None
+            deeper = bool(self.layers) and self.layers[-1]["learns"]
+            self.layers.append(
+                {
+                    "w": w,
+                    "b": None if b is None else b.unsqueeze(2),
+                    "out": out,
+                    "act": _INPLACE.get(activation),
+                    "h.T": None if h is None else h.mT,
+                    "w.T": w.mT,
+                    "gw": gw,
+                    "gb": gb,
+                    "own": None if gw is None else torch.empty_like(w),
+                    "below": torch.empty_like(h) if deeper else None,
+                    "learns": trained or deeper,
+                }
+            )
+            h = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs `[A, C, B]` for inputs `[A, d, B]`."""
+        h = x
+        for layer in self.layers:
+            w, b, out, act = (layer[k] for k in ("w", "b", "out", "act"))
+            if b is None:
+                torch.bmm(w, h, out=out)
+            else:
+                torch.baddbmm(b, w, h, out=out)
+            if act is not None:
+                act[0](out)
+            h = out
+        return h
+
+    def backward(self, x: Tensor, delta: Tensor, add: bool) -> None:
+        """Gradients of the parameters, stored or added."""
+        for layer in reversed(self.layers):
+            if not layer["learns"]:
+                return
+            if layer["act"] is not None:
+                layer["act"][1](delta, layer["out"])
+            gw, gb, own = layer["gw"], layer["gb"], layer["own"]
+            if gw is not None:
+                h = layer["h.T"]
+                torch.bmm(delta, x.mT if h is None else h, out=own)
+                gw.add_(own) if add else gw.copy_(own)
+            if gb is not None:
+                gb.add_(delta.sum(2)) if add else torch.sum(delta, 2, out=gb)
+            if layer["below"] is not None:
+                delta = torch.bmm(layer["w.T"], delta, out=layer["below"])
 
 
 class ChainSupervised(Supervised):
@@ -1590,83 +1674,43 @@ class ChainSupervised(Supervised):
 
     def __init__(self, layers: list, criterion: Callable):
         super().__init__(self.forward, criterion)
-        self.layers, self.buffers = layers, {}
+        self.layers, self.plans = layers, {}
 
-    def buffer(self, key: Any, shape: tuple, like: Tensor) -> Tensor:
-        """Memory that is reused from step to step."""
-        kept = self.buffers.get(key)
-        if kept is None or kept.shape != shape or kept.dtype != like.dtype:
-            kept = self.buffers[key] = like.new_empty(shape)
+    def plan(self, params, grads, rows: int) -> _Plan:
+        """The buffers, made anew when the stack has changed."""
+        kept = self.plans.get(rows)
+        if kept is None or kept.weight is not params[self.layers[0][0]]:
+            kept = _Plan(self.layers, params, grads, rows)
+            self.plans[rows] = kept
         return kept
-
-    def activations(
-        self, tensors: Mapping[str, Tensor], x: Tensor, reuse: bool
-    ) -> list:
-        """Input and output of every layer, `[A, d, B]` each."""
-        x = x.mT if x.ndim == 3 else x.flatten(2).mT
-        size, rows = tensors[self.layers[0][0]].shape[0], x.shape[2]
-        hs = [x if x.shape[0] == size else x.expand(size, -1, -1)]
-        for k, (weight, bias, activation) in enumerate(self.layers):
-            w = tensors[weight]
-            out = None
-            if reuse:
-                out = self.buffer((k, rows), (size, w.shape[1], rows), w)
-            if bias is None:
-                out = torch.bmm(w, hs[-1], out=out)
-            else:
-                column = tensors[bias].unsqueeze(2)
-                out = torch.baddbmm(column, w, hs[-1], out=out)
-            if activation is not None:
-                _INPLACE[activation][0](out)
-            hs.append(out)
-        return hs
 
     @torch.no_grad()
     def forward(self, tensors, x):
-        return self.activations(tensors, x, reuse=False)[-1].mT
+        rows, size = x.shape[1], tensors[self.layers[0][0]].shape[0]
+        x = x.flatten(2).mT.expand(size, -1, rows)
+        return _Plan(self.layers, tensors, {}, rows).forward(x).mT
 
     @torch.no_grad()
     def value_and_grad(self, params, batch, grads):
         """Mean losses and outputs; gradients are written into `grads`."""
-        total = batch.x.shape[1]
-        values, outputs = [], []
+        total, values, outputs = batch.x.shape[1], [], []
         for at in range(0, total, BLOCK):
             x, y = batch.x, batch.y
             if total > BLOCK:
                 x = x[:, at : at + BLOCK]
                 y = _tree_map(lambda v, at=at: v[:, at : at + BLOCK], y)
-            hs = self.activations(params, x, reuse=True)
-            losses, delta = _logit_gradient(self.criterion, hs[-1], y)
-            self.backward(params, hs, delta.div_(total), grads, at > 0)
-            values.append(losses.sum(1))
-            outputs.append(hs[-1].mT.clone() if total > BLOCK else hs[-1].mT)
-        if len(values) > 1:
-            return sum(values) / total, {"outputs": torch.cat(outputs, 1)}
-        return values[0] / total, {"outputs": outputs[0]}
-
-    def backward(self, params, hs, delta, grads, add: bool) -> None:
-        """Gradients of one block, stored or added."""
-        names = [{w, b} for w, b, _ in self.layers]
-        lowest = next(k for k, n in enumerate(names) if n & grads.keys())
-        for k in range(len(self.layers) - 1, lowest - 1, -1):
-            weight, bias, activation = self.layers[k]
-            w = params[weight]
-            if activation is not None:
-                _INPLACE[activation][1](delta, hs[k + 1])
-            if weight in grads:
-                out = self.buffer(("w", k), w.shape, w)
-                torch.bmm(delta, hs[k].mT, out=out)
-                put = Tensor.add_ if add else Tensor.copy_
-                put(grads[weight], out)
-            if bias in grads:
-                if add:
-                    grads[bias].add_(delta.sum(2))
-                else:
-                    torch.sum(delta, 2, out=grads[bias])
-            if k > lowest:
-                shape = (w.shape[0], w.shape[2], delta.shape[2])
-                below = self.buffer(("d", k, shape[2]), shape, w)
-                delta = torch.bmm(w.mT, delta, out=below)
+            plan = self.plan(params, grads, x.shape[1])
+            x = (x if x.ndim == 3 else x.flatten(2)).mT
+            if x.shape[0] != plan.weight.shape[0]:
+                x = x.expand(plan.weight.shape[0], -1, -1)
+            logits = plan.forward(x)
+            losses, delta = _logit_gradient(self.criterion, logits, y)
+            plan.backward(x, delta.div_(total), add=at > 0)
+            values.append(losses.sum(1).div_(total))
+            outputs.append(logits.mT if total <= BLOCK else logits.mT.clone())
+        if len(values) == 1:
+            return values[0], {"outputs": outputs[0]}
+        return sum(values), {"outputs": torch.cat(outputs, 1)}
 
 # %% ../../nbs/lab/ensemble.ipynb #631c55ef
 def _checked_seeds(seeds: Any) -> tuple[int, ...]:

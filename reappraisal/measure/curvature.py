@@ -26,8 +26,8 @@ from ..protocol.intervals import Interval, mean_interval
 
 # %% auto #0
 __all__ = ['Forward', 'folded', 'Objective', 'Operator', 'hessian', 'gauss_newton', 'empirical_fisher', 'sample_gradients',
-           'gauss_newton_diagonal', 'Eigenpairs', 'NotConverged', 'top_eigenvalues', 'Trace', 'trace', 'linear_in_each',
-           'hessian_trace', 'Density', 'spectral_density', 'top_eigenvalue']
+           'gauss_newton_diagonal', 'Eigenpairs', 'NotConverged', 'top_eigenvalues', 'Estimate', 'trace',
+           'linear_in_each', 'hessian_trace', 'Density', 'spectral_density', 'top_eigenvalue']
 
 # %% ../../nbs/measure/curvature.ipynb #745ee5aa
 _CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -840,42 +840,6 @@ def _normal(A: Operator, count: int, seed: int, stream: str) -> Tensor:
     return draws.expand(A.members or 1, -1, -1)
 
 
-def _krylov(A: Operator, start: Tensor, steps: int) -> Iterator[tuple]:
-    """Lanczos' method from vectors [S, K, P], one step at a time.
-
-    Yields the diagonal and the off-diagonal [S, K, m] of the small matrix
-    (the last entry of the latter belongs to the next step) and the basis
-    [S, K, m, P].
-    """
-    s, k, p = start.shape
-    basis = start.new_empty(s, k, steps, p)
-    alpha = torch.zeros(s, k, steps, dtype=torch.float64, device=A.device)
-    beta = torch.zeros_like(alpha)
-    spare = generator(0, "lanczos")
-    tiny = 100 * torch.finfo(start.dtype).eps
-    q = start / start.norm(dim=-1, keepdim=True)
-    for m in range(1, steps + 1):
-        basis[:, :, m - 1] = q
-        known = basis[:, :, :m]
-        w = A.apply(q)
-        alpha[..., m - 1] = (w * q).sum(-1)
-        size = w.norm(dim=-1)
-        w = _orthogonal(w, known)
-        rest = w.norm(dim=-1)
-        # nothing new: the basis spans an invariant subspace
-        spent = (rest <= tiny * size) | (rest == 0)
-        if m == p:
-            spent = torch.ones_like(spent)
-        beta[..., m - 1] = rest.masked_fill(spent, 0)
-        yield alpha[..., :m], beta[..., :m], known
-        if bool(spent.any()) and m < p:
-            fresh = torch.randn(p, generator=spare, dtype=torch.float64)
-            fresh = _orthogonal(fresh.to(w).expand_as(w), known)
-            w = torch.where(spent[..., None], fresh, w)
-            rest = w.norm(dim=-1)
-        q = w / rest[..., None]
-
-
 def _orthogonal(w: Tensor, basis: Tensor) -> Tensor:
     """w [..., P] without what lies in the basis [..., m, P]."""
     for _ in range(2):
@@ -884,10 +848,54 @@ def _orthogonal(w: Tensor, basis: Tensor) -> Tensor:
     return w
 
 
-def _ritz(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of the small matrices."""
-    off = torch.diag_embed(beta[..., :-1], 1)
-    return torch.linalg.eigh(torch.diag_embed(alpha) + off + off.mT)
+def _fresh(w: Tensor, basis: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """A unit vector for the basis [..., m, P], and the length of w in it.
+
+    Where w [..., P] has nothing new, the length is 0 and the vector random.
+    """
+    size, w = w.norm(dim=-1), _orthogonal(w, basis)
+    length = w.norm(dim=-1)
+    tiny = 100 * torch.finfo(w.dtype).eps
+    spent = (length <= tiny * size) | (length == 0)
+    if bool(spent.any()):
+        g = generator(seed, "fresh")
+        new = torch.randn(w.shape[-1], generator=g, dtype=torch.float64)
+        new = _orthogonal(new.to(w).expand_as(w), basis)
+        w = torch.where(spent[..., None], new, w)
+    q = w / w.norm(dim=-1, keepdim=True)
+    return q, length.masked_fill(spent, 0)
+
+
+def _grown(A: Operator, start: Tensor, steps: int) -> Iterator[tuple]:
+    """Block Lanczos from vectors [S, b, P], one product at a time.
+
+    Yields the small matrix [S, m, m], the triangular factor [S, b, b] of
+    what the products of the last block have outside of the subspace, and
+    the basis [S, m, P].
+    """
+    s, b, p = start.shape
+    basis = start.new_empty(s, steps, p)
+    small = torch.zeros(s, steps, steps, dtype=torch.float64, device=A.device)
+    m, block = 0, start
+    while True:
+        n = min(b, steps - m)
+        for j in range(n):
+            basis[:, m + j] = _fresh(block[:, j], basis[:, : m + j], m + j)[0]
+        m += n
+        known = basis[:, :m]
+        w = A.apply(known[:, m - n :])
+        column = (known @ w.mT).double()
+        small[:, :m, m - n : m] = column
+        small[:, m - n : m, :m] = column.mT
+        if m == p:
+            yield small, w.new_zeros(s, n, n), known
+            return
+        for _ in range(2):
+            w = w - (w @ known.mT) @ known
+        yield small[:, :m, :m], torch.linalg.qr(w.mT, mode="r").R, known
+        if m == steps:
+            return
+        block = w
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -961,7 +969,7 @@ def top_eigenvalues(
     start: Tensor | None = None,
     seed: int = 0,
 ) -> Eigenpairs:
-    """The k most extreme eigenvalues, by Lanczos' method.
+    """The k most extreme eigenvalues, by Lanczos' method in blocks of k.
 
     Parameters
     ----------
@@ -974,11 +982,12 @@ def top_eigenvalues(
     tol : float
         Accepted error, relative to the largest of them.
     max_products : int
-        With a vector (for all members at once); also the number of
+        With vectors (for all members at once); also the number of
         vectors of length P that are held.
     start : Tensor [P] or [S, P], optional
-        Where to start, for instance an eigenvector at earlier weights; by
-        default a random vector from `seed`, the same for all members.
+        A guess at the first eigenvector, for instance that at earlier
+        weights; all else starts from random vectors, the same for all
+        members.
     seed : int
 
     Returns
@@ -1007,34 +1016,26 @@ def top_eigenvalues(
         raise ValueError(
             f"k: got {k}; 1 to {steps} (size and max_products) is accepted"
         )
-    if start is None:
-        first = _normal(A, 1, seed, "start")
-    else:
-        first = start.to(A.device, A.dtype).reshape(-1, 1, A.size)
-    converged, found = False, None
-    for alpha, beta, basis in _krylov(A, first, steps):
-        m = alpha.shape[-1]
-        if m < k:
-            continue
-        theta, small = _ritz(alpha[:, 0], beta[:, 0])
+    first = _normal(A, k, seed, "start")
+    if start is not None:
+        own = start.to(A.device, A.dtype).reshape(-1, 1, A.size)
+        first = torch.cat([own.expand(len(first), -1, -1), first[:, 1:]], 1)
+    for matrix, outside, basis in _grown(A, first, steps):
+        m, b = basis.shape[1], outside.shape[1]
+        theta, small = torch.linalg.eigh(matrix)
         order = keys[which](theta).argsort(-1, descending=True)
         theta = theta.gather(-1, order)
         small = small.gather(-1, order[:, None].expand_as(small))
-        r = beta[:, 0, -1:] * small[:, -1].abs()
+        r = (outside.double() @ small[:, -b:]).norm(dim=-2)
         apart = (theta[..., None] - theta[:, None]).abs()
         apart.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
         sharp = torch.nan_to_num(r.square() / apart.min(-1).values)
-        error = torch.minimum(r, sharp)
-        error, r, values = error[:, :k], r[:, :k], theta[:, :k]
+        error = torch.minimum(r, sharp)[:, :k]
+        r, values, small = r[:, :k], theta[:, :k], small[..., :k]
+        # k values alone have no gap yet to judge by
         limit = tol * values.abs().amax(-1, keepdim=True)
-        # an exhausted subspace holds one of several equal eigenvalues
-        breaks = (beta[:, 0] == 0).sum(-1)
-        whole = bool(((breaks == 0) | (breaks >= k)).all()) or m == A.size
-        done = whole and bool((error <= limit).all())
-        # one value alone has no gap yet to judge by
-        converged = done and (m > k or bool((r <= limit).all()))
-        found = values, small[..., :k], r, error
-        if converged or m == steps:
+        converged = bool(((error if m > k else r) <= limit).all())
+        if converged:
             break
     if not converged:
         warnings.warn(
@@ -1043,8 +1044,7 @@ def top_eigenvalues(
             NotConverged,
             stacklevel=2,
         )
-    values, small, r, error = found
-    vectors = small.mT.to(A.dtype) @ basis[:, 0]
+    vectors = small.mT.to(A.dtype) @ basis
     parts = values, vectors, r, error
     if A.members is None:
         parts = tuple(t[0] for t in parts)
@@ -1052,29 +1052,29 @@ def top_eigenvalues(
 
 # %% ../../nbs/measure/curvature.ipynb #83618f34
 @dataclass(frozen=True, eq=False, repr=False)
-class Trace:
-    """A trace with its standard error.
+class Estimate:
+    """A trace, or another mean over random vectors, with its error.
 
     Attributes
     ----------
     estimate : Tensor [] or [S]
     se : Tensor like estimate
-        Standard error; zero where the trace is exact.
+        Standard error; zero where the value is exact.
     samples : Tensor [n] or [S, n], or None
         Independent unbiased estimates of which it is the mean.
-    products : int
-        With vectors, spent on it.
+    spent : int
+        Products with vectors, or passes through the data, that it took.
     method : str
-    layers : dict from name to Trace
+    layers : dict from name to Estimate
         The blocks of the parameters, where asked for.
     """
 
     estimate: Tensor
     se: Tensor
     samples: Tensor | None
-    products: int
+    spent: int
     method: str
-    layers: dict[str, Trace] = field(default_factory=dict)
+    layers: dict[str, Estimate] = field(default_factory=dict)
 
     def __float__(self) -> float:
         return float(self.estimate)
@@ -1083,7 +1083,7 @@ class Trace:
         pairs = zip(self.estimate.reshape(-1), self.se.reshape(-1))
         text = ", ".join(f"{e:.5g} (se {s:.2g})" for e, s in pairs)
         end = f"; {len(self.layers)} layers" if self.layers else ""
-        return f"Trace({text}; {self.method}, {self.products} products{end})"
+        return f"Estimate({text}; {self.method}, {self.spent} spent{end})"
 
     def interval(self, level: float = 0.95, member: int = 0) -> Interval:
         """The estimate of one member with its t interval."""
@@ -1100,7 +1100,7 @@ class Trace:
         return pd.DataFrame(
             [
                 {
-                    "layer": name, "member": i, "trace": e.item(),
+                    "layer": name, "member": i, "estimate": e.item(),
                     "se": s.item(),
                 }
                 for name, t in {"": self, **self.layers}.items()
@@ -1111,13 +1111,13 @@ class Trace:
         )
 
 
-def _estimated(A, samples, products, method, layers=()) -> Trace:
+def _estimated(A, samples, products, method, layers=()) -> Estimate:
     """A trace from unbiased samples [S, n]."""
     se = samples.std(-1) / samples.shape[-1] ** 0.5
     parts = samples.mean(-1), se, samples
     if A.members is None:
         parts = tuple(t[0] for t in parts)
-    return Trace(*parts, products, method, dict(layers))
+    return Estimate(*parts, products, method, dict(layers))
 
 
 def trace(
@@ -1127,7 +1127,7 @@ def trace(
     method: str = "hutchinson",
     per_layer: bool = False,
     seed: int = 0,
-) -> Trace:
+) -> Estimate:
     """The trace of an operator, with its standard error.
 
     Parameters
@@ -1145,7 +1145,7 @@ def trace(
 
     Returns
     -------
-    Trace
+    Estimate
 
     Raises
     ------
@@ -1247,7 +1247,7 @@ def hessian_trace(
     per_layer: bool = False,
     seed: int = 0,
     **options: Any,
-) -> Trace:
+) -> Estimate:
     """The trace of the Hessian of a model's mean loss.
 
     Parameters
@@ -1264,7 +1264,7 @@ def hessian_trace(
 
     Returns
     -------
-    Trace
+    Estimate
 
     Raises
     ------
@@ -1282,14 +1282,15 @@ def hessian_trace(
 
         def exactly(rows):
             value = rows.sum(-1)
-            return Trace(value, torch.zeros_like(value), None, 0, "exact")
+            zero, outputs = torch.zeros_like(value), prod(objective.output)
+            return Estimate(value, zero, None, outputs, "exact")
 
         layers = {
             name: exactly(diagonal[..., s])
             for name, s in objective.layout.items()
             if per_layer
         }
-        return Trace(**(vars(exactly(diagonal)) | {"layers": layers}))
+        return Estimate(**(vars(exactly(diagonal)) | {"layers": layers}))
     if method == "exact":
         raise ValueError(
             "method: 'exact' needs a network that is piecewise linear in "
@@ -1328,7 +1329,7 @@ class Density:
             f"{self.nodes.shape[-2]} vectors)"
         )
 
-    def mean(self, function: Callable[[Tensor], Tensor]) -> Trace:
+    def mean(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """Mean of a function over the eigenvalues, with standard error.
 
         Parameters
@@ -1340,9 +1341,9 @@ class Density:
         samples = (self.weights * function(self.nodes)).sum(-1)
         se = samples.std(-1) / samples.shape[-1] ** 0.5
         products = self.nodes.shape[-1] * self.nodes.shape[-2]
-        return Trace(samples.mean(-1), se, samples, products, "quadrature")
+        return Estimate(samples.mean(-1), se, samples, products, "quadrature")
 
-    def share(self, lo: float, hi: float) -> Trace:
+    def share(self, lo: float, hi: float) -> Estimate:
         """Share of the eigenvalues in [lo, hi], with standard error."""
         return self.mean(lambda t: ((t >= lo) & (t <= hi)).to(t.dtype))
 
@@ -1369,6 +1370,25 @@ class Density:
             xlabel="eigenvalue", ylabel="density",
         )
         return ax
+
+
+def _krylov(A: Operator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Lanczos' method from each of the vectors [S, K, P], side by side.
+
+    Returns the diagonal [S, K, m] and the off-diagonal [S, K, m - 1] of the
+    small matrices.
+    """
+    s, k, p = start.shape
+    basis = start.new_empty(s, k, steps, p)
+    alpha = torch.zeros(s, k, steps, dtype=torch.float64, device=A.device)
+    beta = torch.zeros_like(alpha)
+    w = start
+    for m in range(steps):
+        q, beta[..., m] = _fresh(w, basis[:, :, :m], m)
+        basis[:, :, m] = q
+        w = A.apply(q)
+        alpha[..., m] = (w * q).sum(-1)
+    return alpha, beta[..., 1:]
 
 
 def spectral_density(
@@ -1401,9 +1421,10 @@ def spectral_density(
             "are accepted"
         )
     start = _normal(A, vectors, seed, "density")
-    for alpha, beta, _ in _krylov(A, start, min(steps, A.size)):
-        pass
-    nodes, small = _ritz(alpha, beta)
+    alpha, beta = _krylov(A, start, min(steps, A.size))
+    off = torch.diag_embed(beta, 1)
+    small = torch.diag_embed(alpha) + off + off.mT
+    nodes, small = torch.linalg.eigh(small)
     parts = nodes, small[..., 0, :].square()
     if A.members is None:
         parts = tuple(t[0] for t in parts)

@@ -717,7 +717,9 @@ def _bulks(evals: Tensor, aspect: float) -> dict[str, Tensor]:
     """`fit_bulk` of every spectrum, by the tool's names."""
     names = "sigma_mp", "bulk_min", "bulk_max", "mp_softrank", "num_spikes"
     rows = [
-        list(vars(fit_bulk(x, aspect)).values()) if x[-1] > 0 else [math.nan] * 5
+        list(vars(fit_bulk(x, aspect)).values())
+        if x[-1] > 0
+        else [math.nan] * 5
         for x in evals.reshape(-1, evals.shape[-1])
     ]
     columns = torch.tensor(rows, dtype=torch.float64, device=evals.device)

@@ -6,8 +6,9 @@ Writes benchmarks/results/calibration.json.
 All compute the expected calibration error of every member from the same
 probabilities and labels, checks of the input included; torchmetrics one
 member after the other, as it has no member dimension, by its function and by
-its metric object. That all find the same numbers is checked. Repetitions are interleaved; ratios are taken within a
-repetition, and their median is reported.
+its metric object. That all find the same numbers is checked. Repetitions are
+interleaved; ratios are taken within a repetition, and their median is
+reported.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def compare(members, samples, classes, bins, repeat) -> dict:
         raise SystemExit(f"they differ by {far}")
     ratios = {
         name: statistics.median(
-            t / o for o, t in zip(seconds["reappraisal"], seconds[name])
+            t / o for o, t in zip(seconds["reappraisal"], seconds[name], strict=True)
         )
         for name in found
     }

@@ -275,9 +275,9 @@ def test_temperature_agrees_with_scipy():
     y = logits[0].argmax(-1)
     y[::3] = 0
     fitted = temperature_scale(logits, y)
-    for z, t in zip(logits, fitted.value):
+    for z, t in zip(logits, fitted.value, strict=True):
         best = minimize_scalar(
-            lambda u: float(nll(z / math.exp(u), y)),
+            lambda u, z=z: float(nll(z / math.exp(u), y)),
             bounds=(math.log(0.01), math.log(100)), method="bounded",
             options={"xatol": 1e-10},
         )
@@ -336,7 +336,8 @@ def test_reliability_intervals():
     found = reliability(p, y, 5)
     assert len(found.intervals) == 5
     for count, rate, interval in zip(
-        found.bins.count.tolist(), found.bins.frequency, found.intervals
+        found.bins.count.tolist(), found.bins.frequency, found.intervals,
+        strict=True,
     ):
         if not count:
             assert interval is None

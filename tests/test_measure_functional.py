@@ -62,7 +62,7 @@ def mean_of(function, z, w):
     """Mean of a correlation over samples, 0 where one ties all."""
     rows = [
         0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else function(a, b)[0]
-        for a, b in zip(z.numpy(), w.numpy())
+        for a, b in zip(z.numpy(), w.numpy(), strict=True)
     ]
     return np.mean(rows)
 
@@ -77,14 +77,14 @@ def test_scipy_and_sklearn_agree_on_200_cases():
         p, q = soft(z), soft(w)
         js = np.mean(jensenshannon(p, q, axis=1) ** 2)
         assert abs(js_divergence(p, q) - js) < 1e-12
-        norms = [np.linalg.norm(a - b) for a, b in zip(p, q)]
+        norms = [np.linalg.norm(a - b) for a, b in zip(p, q, strict=True)]
         assert abs(activation_distance(p, q) - np.mean(norms)) < 1e-12
         rho = mean_of(spearmanr, z, w)
         assert abs(rank_correlation(z, w) - rho) < 1e-9
         tau = mean_of(kendalltau, z, w)
         assert abs(rank_correlation(z, w, "kendall") - tau) < 1e-9
         if (z.norm(dim=1) > 0).all() and (w.norm(dim=1) > 0).all():
-            far = np.mean([cosine(a, b) for a, b in zip(z, w)])
+            far = np.mean([cosine(a, b) for a, b in zip(z, w, strict=True)])
             assert abs(logit_cosine_distance(z, w) - far) < 1e-9
         right = [t.argmax(-1) == y for t in (z, w)]
         kappa = error_consistency(z, w, y)
@@ -104,7 +104,8 @@ def test_brute_force_agrees_on_200_cases():
         counts = dict.fromkeys(
             ("kept", "broken", "fixed", "same_error", "other_error"), 0
         )
-        for a, b, label in zip(z.tolist(), w.tolist(), y.tolist()):
+        rows = zip(z.tolist(), w.tolist(), y.tolist(), strict=True)
+        for a, b, label in rows:
             for s, t in itertools.combinations(range(c), 2):
                 bad += abs(np.sign(a[s] - a[t]) - np.sign(b[s] - b[t])) / 2
             first, second = np.argmax(a), np.argmax(b)
@@ -199,7 +200,7 @@ def test_blocks_do_not_matter(monkeypatch):
 
     def one_by_one(p, q):
         p, q = torch.broadcast_tensors(p, q)
-        return zip(p.split(1, -2), q.split(1, -2))
+        return zip(p.split(1, -2), q.split(1, -2), strict=True)
 
     monkeypatch.setattr(module, "_blocks", one_by_one)
     assert torch.allclose(rank_disagreement(z, w), whole[0])

@@ -45,10 +45,11 @@ def picture(module):
 
 
 def same(a, b):
-    assert all(m is n and s == t for (m, s), (n, t) in zip(a[0], b[0]))
+    layers = zip(a[0], b[0], strict=True)
+    assert all(m is n and s == t for (m, s), (n, t) in layers)
     assert all(
         p is q and r == s and g is h
-        for (p, r, g), (q, s, h) in zip(a[1], b[1])
+        for (p, r, g), (q, s, h) in zip(a[1], b[1], strict=True)
     )
     assert a[2].keys() == b[2].keys()
     for k, v in a[2].items():
@@ -144,7 +145,7 @@ def sources():
 def test_batches_lose_nothing_and_can_be_read_again(kind, size):
     batches = as_batches(sources()[kind], size)
     for _ in range(2):
-        xs, ys = zip(*batches)
+        xs, ys = zip(*batches, strict=True)
         assert torch.equal(torch.cat(xs), X)
         assert torch.equal(torch.cat(ys), Y)
 
@@ -156,7 +157,7 @@ def test_batches_of_inputs_alone():
     out = read_outputs(mlp([6, 3], seed=0), X)
     assert out.y is None
     with pytest.raises(ValueError, match="data: has no labels"):
-        out.accuracy
+        assert out.accuracy >= 0
 
 
 def test_one_shot_iterables():

@@ -648,7 +648,9 @@ class Reliability:
         """Bins whose interval leaves out their mean forecast."""
         return sum(
             i is not None and float(f) not in i
-            for i, f in zip(self.intervals, self.bins.forecast)
+            for i, f in zip(
+                self.intervals, self.bins.forecast, strict=True
+            )
         )
 
     def __repr__(self) -> str:
@@ -728,7 +730,9 @@ def reliability(
     bins = bin_forecasts(*_top_label(probs, y), n_bins, scheme)
     intervals = tuple(
         proportion_interval(round(n * rate), n, level=level) if n else None
-        for n, rate in zip(bins.count.tolist(), bins.frequency.tolist())
+        for n, rate in zip(
+            bins.count.tolist(), bins.frequency.tolist(), strict=True
+        )
     )
     return Reliability(bins, intervals, level)
 

@@ -20,7 +20,6 @@ from reappraisal.measure.reading import (
     as_labels,
     as_logits,
     as_probs,
-    read_outputs,
     read_together,
 )
 from reappraisal.protocol.statistics import (
@@ -39,7 +38,7 @@ __all__ = ['DISTANCES', 'activation_distance', 'js_divergence', 'disagreement', 
 # %% ../../nbs/measure/functional.ipynb #a9898095
 def _pair(a: Any, b: Any, check: Callable, names: tuple) -> tuple:
     """Two checked tensors that answer the same samples."""
-    a, b = (check(t, name) for t, name in zip((a, b), names))
+    a, b = map(check, (a, b), names)
     lead = {t.shape[:-2] for t in (a, b)} - {torch.Size()}
     if a.shape[-2:] != b.shape[-2:] or len(lead) > 1:
         raise ValueError(
@@ -129,7 +128,7 @@ def _blocks(p: Tensor, q: Tensor):
     p, q = torch.broadcast_tensors(p, q)
     lead = p.shape[:-2].numel()
     size = max(1, 2**22 // (lead * p.shape[-1] ** 2))
-    return zip(p.split(size, -2), q.split(size, -2))
+    return zip(p.split(size, -2), q.split(size, -2), strict=True)
 
 
 def _order(p: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ book: $(STAMP) export stale site
 	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
 
 test: $(STAMP) export
-	CI_CHROMIUM="$$($(SHELL) tests/chromium.sh)" $(BIN)/python -m pytest $(ARGS)
+	CI_CHROMIUM="$$($(SHELL) tests/chromium.sh)" $(BIN)/python -m pytest \
+	  --numprocesses auto --dist loadfile $(ARGS)
 
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

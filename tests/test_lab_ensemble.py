@@ -659,3 +659,25 @@ def test_bad_input_of_the_low_level():
             good, loss, optimiser=SGD(0.1), steps=1,
             callbacks=lambda s: s.stop(torch.tensor([1, 0, 0])),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", ["activation", "layer"])
+def test_modules_that_occur_twice_are_computed_twice(shared):
+    torch.manual_seed(0)
+    act, layer = nn.ReLU(), nn.Linear(5, 5, dtype=D)
+    other = layer if shared == "layer" else nn.Linear(5, 5, dtype=D)
+    out = nn.Linear(5, 3, dtype=D)
+    model = nn.Sequential(layer, act, other, act, out)
+    x, y = data()
+    ensemble = train(
+        model, (x, y), seeds=[7], steps=3, optimiser=SGD(lr=0.1), init="same"
+    )
+    single = copy.deepcopy(model)
+    optimiser = torch.optim.SGD(single.parameters(), lr=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        F.cross_entropy(single(x), y).backward()
+        optimiser.step()
+    torch.testing.assert_close(
+        ensemble.predict(x)[0], single(x).detach(), rtol=1e-10, atol=1e-10
+    )

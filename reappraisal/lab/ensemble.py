@@ -1557,7 +1557,8 @@ def chain_of(module: nn.Module, prefix: str = "") -> list | None:
     layers: list = []
     parts = [("", module)] if not isinstance(module, nn.Sequential) else None
     if parts is None and type(module).forward is nn.Sequential.forward:
-        parts = list(module.named_children())
+        # not named_children(), which leaves out what occurs a second time
+        parts = list(module._modules.items())
     for name, part in parts or ():
         path = ".".join(n for n in (prefix, name) if n)
         if part._forward_hooks or part._forward_pre_hooks:

@@ -14,7 +14,11 @@ from reappraisal.protocol import claims as c
 from reappraisal.protocol.criteria import Finding, decide, parse
 from reappraisal.protocol.ledger import claim_p, recheck
 from reappraisal.protocol.logic import Outcome
-from reappraisal.protocol.papers import load_papers, registrations_dir, to_bibtex
+from reappraisal.protocol.papers import (
+    load_papers,
+    registrations_dir,
+    to_bibtex,
+)
 from reappraisal.protocol.verdicts import MIME, Verdict
 
 ENTRY = yaml.safe_load("""

@@ -377,7 +377,7 @@ def _one_sided_p(c: Criterion, i: Interval, level: float) -> float | None:
         edges = (i.estimate - c.supports_above,)
         halves = (i.estimate - i.lo,)
     ps = []
-    for gap, half in zip(edges, halves):
+    for gap, half in zip(edges, halves, strict=True):
         if half > 0:
             ps.append(float(stats.norm.sf(gap / half * z)))
         else:

@@ -268,7 +268,7 @@ class Ledger:
             raw = [ps[i] for i in tested]
             corrected = {
                 i: (float(a), float(b)) for i, a, b in
-                zip(tested, holm(raw), benjamini_hochberg(raw))
+                zip(tested, holm(raw), benjamini_hochberg(raw), strict=True)
             }
         rows = []
         for i, e in enumerate(self.entries):
@@ -281,13 +281,13 @@ class Ledger:
                 first["level"], first["unit"], first["sesoi"], ps[i], p_holm,
                 p_bh, first["power"], r["n"], r["amended"], r["seconds"],
                 r["registration"],
-            ))))
+            ), strict=True)))
         return rows
 
     def to_json(self) -> str:
         """Verdicts with all their numbers, as JSON text."""
         rows = [row | {"record": e.verdict.record}
-                for row, e in zip(self.rows(), self.entries)]
+                for row, e in zip(self.rows(), self.entries, strict=True)]
         return json.dumps(
             {"schema": "reappraisal.ledger/1", "verdicts": rows,
              "refused": [str(x) for x in self.refusals],

@@ -113,7 +113,7 @@ def scoreboard(
         rooms,
     )
     verdicts = []
-    for e, row in zip(ledger.entries, ledger.rows()):
+    for e, row in zip(ledger.entries, ledger.rows(), strict=True):
         mark, colour = VERDICTS[row["verdict"]]
         doc = f"{e.claim.room}/{e.notebook.stem}"
         p = "–" if row["p_holm"] is None else f"{row['p_holm']:.2g}"

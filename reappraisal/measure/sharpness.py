@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
-from ..lab.ensemble import Ensemble
-from ..lab.models import generator
 from reappraisal.measure.curvature import (
     Estimate,
     Objective,
     _objective,
     gauss_newton,
-    hessian,
     hessian_trace,
-    sample_gradients,
     top_eigenvalue,
 )
+
+from ..lab.ensemble import Ensemble
+from ..lab.models import generator
 
 # %% auto #0
 __all__ = ['WEIGHT_LAYERS', 'INVARIANT', 'worst_case', 'random_rises', 'average_case', 'n_direction', 'fisher_rao',
@@ -635,9 +634,9 @@ def igs(
         return vmap(gradients, (None, None, 0))(theta, rest, x)
 
     found = []
-    whole = [torch.cat(t) for t in zip(*objective.samples())]
-    pairs = zip(*[t.split(rows or len(t)) for t in whole])
-    for x, y in list(pairs)[:batches]:
+    xs, ys = zip(*objective.samples(), strict=True)
+    xs, ys = (torch.cat(t).split(rows or 2**40) for t in (xs, ys))
+    for x, y in list(zip(xs, ys, strict=True))[:batches]:
         at_once = max(1, objective.pieces(c)[0] // 2)
         both = []
         for piece in x.split(at_once):

@@ -60,9 +60,12 @@ def citations(root: Path) -> list[str]:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         for cell in cells:
             text = "".join(cell["source"])
-            keys = [key.strip() for group in _CITE.findall(text)
-                    for key in group.split(",")]
-            for key in keys + _SOURCE.findall(text):
+            if cell["cell_type"] == "markdown":
+                keys = [key.strip() for group in _CITE.findall(text)
+                        for key in group.split(",")]
+            else:
+                keys = _SOURCE.findall(text)
+            for key in keys:
                 if key not in known:
                     problems.append(
                         f"{path.relative_to(root)}: cites {key!r}, which is "

@@ -18,33 +18,33 @@ from .papers import load_papers
 __all__ = ['CHAPTER', 'REGISTRATION', 'chapter_cells', 'add_registration', 'Taken', 'scaffold']
 
 # %% ../../nbs/protocol/scaffold.ipynb #f9f4fc05
-CHAPTER = '''# %% [markdown]
+CHAPTER = '''@@ [markdown]
 # WHAT WAS FOUND, IN WORDS A PRACTITIONER UNDERSTANDS
 
 > ONE LINE THAT PROMISES WHAT THE READER WILL SEE.
 
-# %%
+@@
 #| default_exp <<module>>
 
-# %% parameters
+@@ parameters
 scale = "book"
 device = "cpu"
-# %% [markdown]
+@@ [markdown]
 ## The claim
 
-# %%
+@@
 #| export
 from __future__ import annotations
 
 import numpy as np
 
-# %%
+@@
 from reappraisal.protocol.claims import Claim
 
 claim = Claim.load("<<claim>>")
 claim
 
-# %% [markdown]
+@@ [markdown]
 ## Why it matters
 
 WHO DECIDES WHAT DIFFERENTLY IF IT HOLDS.
@@ -53,7 +53,7 @@ WHO DECIDES WHAT DIFFERENTLY IF IT HOLDS.
 
 THE MATHEMATICS, $y = x$, BESIDE SHORT FUNCTIONS.
 
-# %%
+@@
 #| export
 def effect(seeds, size: float) -> np.ndarray:
     """WHAT IT MEASURES, AND IN WHAT UNIT.
@@ -73,22 +73,22 @@ def effect(seeds, size: float) -> np.ndarray:
     noise = [np.random.default_rng(seed).normal(0, 0.1) for seed in seeds]
     return size + np.array(noise)
 
-# %%
+@@
 assert abs(effect(range(400), 0.0).mean()) < 0.02
 
-# %% [markdown]
+@@ [markdown]
 ## Experiment
 
 EVERY REPLICATE HAS ITS OWN SEED; ALL OF THEM ARE AT LEAST 1000.
 
-# %%
+@@
 seeds = range(1000, 1000 + claim.entry["seeds"][scale])
 treated, control = effect(seeds, 1.0), effect(seeds, 0.0)
 
-# %% [markdown]
+@@ [markdown]
 ## Evidence
 
-# %%
+@@
 from matplotlib import pyplot as plt
 
 from reappraisal.lab.plotting import show, strip, use_style
@@ -99,19 +99,19 @@ strip(ax, {"treated": treated, "control": control}, reference=0)
 ax.set(ylabel="effect (UNIT)")
 show(fig, caption="THE FINDING, IN A SENTENCE.", alt="WHAT IS TO BE SEEN.")
 
-# %%
+@@
 evidence = {"effect": treated, "placebo": control}
 claim.judge(evidence, scale=scale, seeds=seeds)
 
-# %% [markdown]
+@@ [markdown]
 ## What would break it
 
 THE CONTROL, IN WHICH THE EFFECT MUST VANISH, AND AN ABLATION.
 
-# %%
+@@
 assert abs(control.mean()) < 0.1 < treated.mean()
 
-# %% [markdown]
+@@ [markdown]
 ## On your own model
 
 A FEW LINES THAT APPLY THE INSTRUMENT TO THE READER'S NETWORK.
@@ -138,7 +138,7 @@ def chapter_cells(text: str) -> list[dict]:
     Parameters
     ----------
     text : str
-        Cells begin with a line `# %%`, followed by `[markdown]` for text or
+        Cells begin with a line `@@`, followed by `[markdown]` for text or
         by tags for code.
 
     Returns
@@ -146,7 +146,7 @@ def chapter_cells(text: str) -> list[dict]:
     list of dict
     """
     cells = []
-    parts = re.split(r"^# %%(.*)\n", text, flags=re.MULTILINE)[1:]
+    parts = re.split(r"^@@(.*)\n", text, flags=re.MULTILINE)[1:]
     for number, (kind, body) in enumerate(
         zip(parts[::2], parts[1::2], strict=True)
     ):

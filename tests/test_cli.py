@@ -81,11 +81,12 @@ def test_a_failure_ends_with_code_1_and_is_seen_in_status(tmp_path):
 def test_parameters_and_scale_reach_the_chapter(tmp_path):
     book = TinyBook(tmp_path / "book")
     book.add("theory/edge_of_chaos", "print(scale, width)")
-    code, text = book.command(
+    process = book.start(
         "run", "edge-of-chaos", "--scale", "smoke", "-p", "width", "[1, 2]",
         "--json", "--cache", tmp_path / "store", "--workers", 1)
-    assert code == 0, text
-    events = [json.loads(line) for line in text.splitlines()]
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    events = [json.loads(line) for line in out.splitlines()]
     assert [e["event"] for e in events if e["event"] != "cell"] == [
         "start", "end", "summary"]
     assert events[-1]["exit"] == 0 and events[-1]["states"] == {"ran": 1}

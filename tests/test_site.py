@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -33,8 +34,8 @@ def site(root, tmp_path_factory):
     """Build the site somewhere else and serve it."""
     out = tmp_path_factory.mktemp("site")
     built = subprocess.run(
-        [sys.executable, "-m", "jupyter_book", "build", "nbs", "--config",
-         str(root / "_config.yml"), "--toc", str(root / "_toc.yml"),
+        [Path(sys.executable).with_name("jupyter-book"), "build", "nbs",
+         "--config", str(root / "_config.yml"), "--toc", str(root / "_toc.yml"),
          "--path-output", str(out)],
         cwd=root, capture_output=True, text=True,
     )
@@ -101,6 +102,7 @@ def visit(site, browser):
 def test_every_page_opens_without_a_complaint(site, visit):
     html, _ = site
     pages = sorted(p.relative_to(html).as_posix() for p in html.rglob("*.html"))
+    pages = [path for path in pages if not path.startswith("_static/")]
     assert CHAPTER in pages and "index.html" in pages
     for path in pages:
         page = visit(path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,10 @@ class TinyBook:
         return subprocess.Popen(
             [*COMMAND, *map(str, words)],
             cwd=options.pop("cwd", self.root), env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # a shell in the background hands on an ignored Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            **options,
         )
 
     def command(self, *words, **options):

@@ -176,9 +176,18 @@ def setup(app: Any) -> dict[str, Any]:
             return [nodes.raw("", html, format="html")]
 
     app.add_directive("scoreboard", Scoreboard)
+    app.connect("html-page-context", _no_live_code, priority=999)
     app.connect("build-finished", _write_downloads)
     return {"version": "1", "parallel_read_safe": True,
             "parallel_write_safe": True}
+
+
+def _no_live_code(app, pagename, templatename, context, doctree):
+    """Leave out Thebe, which would fetch its code from another host."""
+    context["script_files"] = [
+        file for file in context.get("script_files", [])
+        if "thebe" not in f"{vars(file)}".lower()
+    ]
 
 
 def _write_downloads(app, exception):

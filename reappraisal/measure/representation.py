@@ -764,7 +764,7 @@ def check_metric(D: Tensor, rtol: float = 1e-4) -> MetricReport:
             f"D: got shape {tuple(d.shape)}; finite distances [S, S] of "
             "three items or more are accepted"
         )
-    around = torch.stack([(row[:, None] + row) for row in d.mT])
+    around = d.mT[:, :, None] + d[:, None, :]
     other = ~torch.eye(n, dtype=torch.bool, device=d.device)
     proper = other[:, :, None] & other[:, None, :] & other
     ratio = (d / around.clamp(min=1e-300))[proper] - 1

@@ -254,7 +254,7 @@ _HEADS = "instrument", "oracle", "cases", "worst error", "tolerance"
 
 
 def _cells(row: Row) -> list[str]:
-    tolerance = f"{row.tolerance:.0e}" + (" rel." if row.relative else "")
+    tolerance = f"{row.tolerance:.2g}" + (" rel." if row.relative else "")
     return [row.instrument, row.oracle, str(row.cases), f"{row.worst:.1e}",
             tolerance]
 

@@ -987,7 +987,9 @@ def top_eigenvalues(
         "largest", "smallest", or "magnitude" for the largest absolute
         values.
     tol : float
-        Accepted error, relative to the largest of them.
+        Accepted distance from an eigenvalue, relative to the largest of
+        them. Of eigenvalues that lie hardly further apart than that, the
+        method may take one for the other.
     max_products : int
         With vectors (for all members at once); also the number of
         vectors of length P that are held.
@@ -1034,8 +1036,10 @@ def top_eigenvalues(
         theta = theta.gather(-1, order)
         small = small.gather(-1, order[:, None].expand_as(small))
         r = (outside.double() @ small[:, -b:]).norm(dim=-2)
-        apart = (theta[..., None] - theta[:, None]).abs()
+        # the nearest other eigenvalue may lie nearer by its own residual
+        apart = (theta[..., None] - theta[:, None]).abs() - r[:, None]
         apart.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+        apart = apart.clamp(min=0)
         sharp = torch.nan_to_num(r.square() / apart.min(-1).values)
         error = torch.minimum(r, sharp)[:, :k]
         r, values, small = r[:, :k], theta[:, :k], small[..., :k]

@@ -10,6 +10,7 @@ from reappraisal.protocol.book import chapters, read_notebook
 from reappraisal.protocol.cache import Store
 from reappraisal.protocol.claims import Claim, load_claims
 from reappraisal.protocol.ledger import recheck
+from reappraisal.protocol.parity import parity_records, stored_parity
 from reappraisal.protocol.runner import Run
 from reappraisal.protocol.verdicts import MIME, Verdict
 
@@ -62,6 +63,22 @@ def test_claim_gets_its_verdict_from_its_chapter(id, smoke):
     assert len(mine) == 1
     assert mine[0].record["scale"] == "smoke"
     assert recheck(mine[0], claim) == []
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", list(stored_parity(ROOT)))
+def test_instruments_meet_their_oracles_again(name, smoke):
+    store, outcomes = smoke
+    (again,) = parity_records(executed(store, outcomes[name])["cells"])
+    kept = stored_parity(ROOT)[name]
+    rows = [
+        [(row["instrument"], row["oracle"], row["tolerance"])
+         for row in record["rows"]]
+        for record in (again, kept)
+    ]
+    assert sorted(rows[0]) == sorted(rows[1])
+    assert again["exempt"] == kept["exempt"]
+    assert all(row["worst"] <= row["tolerance"] for row in again["rows"])
 
 
 def test_chapters_have_title_summary_and_parameters():

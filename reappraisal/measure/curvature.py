@@ -916,11 +916,12 @@ class Eigenpairs:
         Norm of A u - value u: an eigenvalue lies within.
     errors : Tensor like values
         Estimated error of the value, the square of the residual over the
-        gap to the next where that is smaller.
+        gap to the next where that is smaller. It trusts that no other
+        eigenvalue hides in the gap.
     products : int
         With vectors, by which they were found.
     converged : bool
-        Whether all errors are below the tolerance.
+        Whether all residuals are below the tolerance.
     """
 
     values: Tensor
@@ -987,9 +988,9 @@ def top_eigenvalues(
         "largest", "smallest", or "magnitude" for the largest absolute
         values.
     tol : float
-        Accepted distance from an eigenvalue, relative to the largest of
-        them. Of eigenvalues that lie hardly further apart than that, the
-        method may take one for the other.
+        Accepted residual, relative to the largest of them. An eigenvalue
+        lies within, and the value is usually far nearer to it: by about the
+        square.
     max_products : int
         With vectors (for all members at once); also the number of
         vectors of length P that are held.
@@ -1043,9 +1044,10 @@ def top_eigenvalues(
         sharp = torch.nan_to_num(r.square() / apart.min(-1).values)
         error = torch.minimum(r, sharp)[:, :k]
         r, values, small = r[:, :k], theta[:, :k], small[..., :k]
-        # k values alone have no gap yet to judge by
+        # by the residual, not by the error estimated from it: the start may
+        # have next to nothing of the eigenvector that is looked for
         limit = tol * values.abs().amax(-1, keepdim=True)
-        converged = bool(((error if m > k else r) <= limit).all())
+        converged = bool((r <= limit).all())
         if converged:
             break
     if not converged:
@@ -1460,7 +1462,7 @@ def top_eigenvalue(
     model, data, loss, **options
         As for `Objective`, or an objective alone.
     tol : float
-        Accepted relative error.
+        Accepted relative residual, as for `top_eigenvalues`.
     seed : int
 
     Returns

@@ -27,6 +27,7 @@ from reappraisal.measure.curvature import (
     gauss_newton_diagonal,
     hessian_trace,
 )
+from ..measure.footprint import Stored
 from reappraisal.measure.reading import (
     Model,
     as_batches,
@@ -36,7 +37,7 @@ from reappraisal.measure.reading import (
 
 # %% auto #0
 __all__ = ['SCALES', 'ROUNDING', 'SENSITIVITIES', 'Grid', 'Integer', 'MiniFloat', 'Codebook', 'Lloyd', 'grid', 'Ruler', 'place',
-           'Rounded', 'layer_error', 'round_layer', 'quantise', 'InputRounding', 'quantise_activations',
+           'Rounded', 'layer_error', 'round_layer', 'quantise', 'storage', 'InputRounding', 'quantise_activations',
            'WeightRounding', 'qat', 'bake', 'sensitivity', 'outlier_ratio', 'plant_outlier']
 
 # %% ../../nbs/intervene/quantise.ipynb #53b7260d
@@ -1050,7 +1051,54 @@ def quantise(
             settle(name, rounding, found)
     return _with(model, new)
 
-# %% ../../nbs/intervene/quantise.ipynb #5a473c51
+# %% ../../nbs/intervene/quantise.ipynb #4633529e
+def storage(
+    model: Model,
+    grids: int | str | Grid | Mapping[str, Any] = 8,
+    *,
+    granularity: str | int = "channel",
+    scale: str | float = "max",
+    scale_bits: float = 32,
+) -> dict[str, Stored]:
+    """How the weights of a rounded network are written.
+
+    Parameters
+    ----------
+    model : nn.Module or Ensemble
+    grids, granularity, scale
+        As for `quantise`.
+    scale_bits : float
+        Of a scale, a zero point, or an entry of a learned codebook.
+
+    Returns
+    -------
+    dict from name of the weight to Stored
+        For one member, as `footprint(..., bits=...)` takes it.
+
+    Raises
+    ------
+    ValueError
+        As `quantise`.
+    """
+    _checked(granularity, scale)
+    tensors = _tensors(model)
+    found = {}
+    for name, g in _plan(model, grids, tensors).items():
+        out, *rest = tensors[name].shape[1:]
+        places = 1 if granularity == "tensor" else out
+        if not isinstance(granularity, str):
+            places *= math.ceil(math.prod(rest) / granularity)
+        each = 1
+        if isinstance(g, Lloyd):
+            each = 2**g.bits
+        elif scale == "unit":
+            each = 0
+        elif isinstance(g, Integer) and not g.symmetric:
+            each = 2
+        found[name] = Stored(g.bits, each * places, scale_bits)
+    return found
+
+# %% ../../nbs/intervene/quantise.ipynb #98b346a1
 class InputRounding(nn.Module):
     """Rounds what a layer reads; put there by `quantise_activations`.
 
@@ -1206,7 +1254,7 @@ def quantise_activations(
         buffers={**model.buffers, **buffers},
     )
 
-# %% ../../nbs/intervene/quantise.ipynb #7963ac0b
+# %% ../../nbs/intervene/quantise.ipynb #31340474
 class WeightRounding(nn.Module):
     """The parametrisation of a weight by its rounded values.
 
@@ -1422,7 +1470,7 @@ def bake(model: Model) -> Model:
         buffers=buffers,
     )
 
-# %% ../../nbs/intervene/quantise.ipynb #fb58987f
+# %% ../../nbs/intervene/quantise.ipynb #59145382
 SENSITIVITIES = ("hessian_trace", "fisher", "kl", "norm")
 
 
@@ -1504,7 +1552,7 @@ def sensitivity(
         for k, d in moved.items()
     }
 
-# %% ../../nbs/intervene/quantise.ipynb #56a54c36
+# %% ../../nbs/intervene/quantise.ipynb #9474b490
 @torch.no_grad()
 def outlier_ratio(
     model: Model, data: Any, layers: Sequence[str] | None = None

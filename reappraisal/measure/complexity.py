@@ -45,6 +45,7 @@ def _thresholds(name: str, args: tuple, kwargs: dict) -> tuple[float, ...]:
     named = {
         "hardtanh": (("min_val", -1.0), ("max_val", 1.0)),
         "clamp": (("min", None), ("max", None)),
+        "clip": (("min", None), ("max", None)),
         "threshold": (("threshold", None),),
     }.get(name, ())
     given = [

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from reappraisal.measure.reading import (
     as_batches,
     as_labels,
     as_logits,
+    as_probs,
     read_activations,
     read_outputs,
 )
@@ -252,7 +253,7 @@ class Teacher:
     @property
     def seeds(self) -> tuple[int, ...]:
         """One, or one for each student."""
-        many = isinstance(self.seed, Sequence)
+        many = isinstance(self.seed, Iterable)
         return tuple(self.seed) if many else (self.seed,)
 
     def logits(self, data: Any, classes: int | None = None) -> Tensor:
@@ -405,8 +406,7 @@ def _begun(students, seeds, init_seeds, training: dict) -> Ensemble:
         seeds = students.seeds
     if seeds is None:
         raise ValueError("seeds: missing; one for each student is needed")
-    many = isinstance(seeds, Sequence)
-    size = len(seeds) if many else 1
+    seeds = tuple(seeds) if isinstance(seeds, Iterable) else (seeds,)
     first = seeds if init_seeds is None else init_seeds
     if init_seeds is not None and isinstance(students, Ensemble):
         raise ValueError("init_seeds: an ensemble has its first weights")
@@ -414,12 +414,12 @@ def _begun(students, seeds, init_seeds, training: dict) -> Ensemble:
         students, first, training.pop("init", "fresh"),
         training.get("dtype"), training.get("device", "cpu"),
     )
-    if len(begun) != size:
+    if len(begun) != len(seeds):
         raise ValueError(
-            f"init_seeds: got {len(begun)} for {size} students; one for each "
-            "is accepted"
+            f"init_seeds: got {len(begun)} for {len(seeds)} students; one "
+            "for each is accepted"
         )
-    return replace(begun, seeds=tuple(seeds) if many else (seeds,))
+    return replace(begun, seeds=seeds)
 
 
 def _per_student(values: Any, size: int, name: str, check) -> Tensor:
@@ -458,8 +458,9 @@ def distil(
         One for all; or one for each: an ensemble of S, or logits [S, N, C]
         on the data (put those of different teachers together).
     data
-        As for `as_batches`; all of it is held in memory. Labels may be
-        missing where alpha is 1 for all.
+        As for `as_batches`; all of it is held in memory. Labels are class
+        numbers or probabilities [N, C]; they may be missing where alpha is
+        1 for all.
     steps, optimiser
         As for `train`.
     alpha, temperature : float or [S]
@@ -502,6 +503,11 @@ def distil(
         y = torch.zeros(len(x), dtype=torch.long)
     elif not y.is_floating_point():
         as_labels(y, torch.empty(len(x), classes, device=y.device))
+    elif as_probs(y, "y").shape != (len(x), classes):
+        raise ValueError(
+            f"y: probabilities of shape {tuple(y.shape)}; [{len(x)}, "
+            f"{classes}] or labels are accepted"
+        )
     if not isinstance(teacher, Teacher):
         teacher = Teacher("model", teacher)
     said = teacher.logits((x, y), classes)

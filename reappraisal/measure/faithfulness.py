@@ -847,9 +847,14 @@ def subset_fidelity(
             held.append((v * chosen).flatten(at).sum(-1))
             points = torch.where(chosen, fill, f.x)
             worth.append(f.value.double() - f(points, rows))
-    a, b = (torch.stack(t) for t in (held, worth))
-    a, b = a - a.mean(0), b - b.mean(0)
-    return (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
+    sides = []
+    for side in (torch.stack(t) for t in (held, worth)):
+        off = side - side.mean(0)
+        norm = off.norm(dim=0)
+        # what is constant up to rounding does not vary
+        still = norm <= 1e-12 * side.norm(dim=0)
+        sides.append(off / torch.where(still, torch.nan, norm))
+    return (sides[0] * sides[1]).sum(0)
 
 # %% ../../nbs/measure/faithfulness.ipynb #e7e80b3d
 Explain = Callable[..., Any]

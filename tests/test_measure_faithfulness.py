@@ -68,13 +68,13 @@ def test_planted_truth_is_found_and_a_null_is_not():
         assert found.auc.mean() > 0.999
         assert found.average_precision.mean() > 0.999
         assert found.mass.min() == 1 and found.pointing.min() == 1
-    nets = Ensemble.of([net] * 40)
+    nets = Ensemble.of([net] * 20)
     chance = localise(random_attribution(nets, x), truth, 0.25)
     for name, at in (
         ("precision", 0.25), ("pointing", 0.25), ("auc", 0.5), ("mass", 0.25)
     ):
         assert at in chance.interval(name, 0.9999), name
-    assert len(chance.to_frame()) == 2400
+    assert len(chance.to_frame()) == 1200
     # and by what the network does
     for kind in deletion_curve, insertion_curve:
         good = kind(net, x, gradient_times_input(net, x), random_orders=5)
@@ -236,7 +236,8 @@ def test_captum_infidelity_and_sensitivity_agree():
     steps = iter(2 * torch.rand(x.shape, generator=draws) - 1 for _ in "ab")
 
     def shift(inputs, radius=0.1):
-        return inputs[0][:5] + radius * next(steps)
+        whole = inputs[0] if isinstance(inputs, tuple) else inputs
+        return whole + radius * next(steps)
 
     want = torch.stack([
         sensitivity_max(

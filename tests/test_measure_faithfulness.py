@@ -239,16 +239,19 @@ def test_captum_infidelity_and_sensitivity_agree():
         whole = inputs[0] if isinstance(inputs, tuple) else inputs
         return whole + radius * next(steps)
 
+    def explain(inputs):
+        whole = inputs[0] if isinstance(inputs, tuple) else inputs
+        return (gradient_times_input(net, whole, 1).values,)
+
     want = torch.stack([
-        sensitivity_max(
-            lambda x: gradient(
-                net, x[0] if isinstance(x, tuple) else x, 1).values,
-            x, perturb_func=shift, perturb_radius=0.1, n_perturb_samples=1,
-        )
+        sensitivity_max(explain, x, perturb_func=shift, perturb_radius=0.1,
+                        n_perturb_samples=1)
         for _ in "ab"
     ]).amax(0)
-    got = max_sensitivity(gradient, net, x, 1, radius=0.1, samples=2)
-    assert torch.allclose(want, got, atol=1e-6)
+    got = max_sensitivity(
+        gradient_times_input, net, x, 1, radius=0.1, samples=2
+    )
+    assert got.min() > 0 and torch.allclose(want, got, atol=1e-6)
 
 
 def test_subset_fidelity_members_and_null():

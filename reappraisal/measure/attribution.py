@@ -1000,8 +1000,8 @@ def _traced(module: nn.Module) -> fx.GraphModule:
     except Exception as error:  # whatever the model raises when traced
         raise ValueError(
             "model: its forward pass cannot be followed symbolically "
-            f"({type(error).__name__}: {str(error).partition('.')[0]}); layers "
-            "put together without "
+            f"({type(error).__name__}: {str(error).partition('.')[0]}); "
+            "layers put together without "
             "control flow that depends on the data are accepted"
         ) from None
 

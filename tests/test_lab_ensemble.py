@@ -25,7 +25,7 @@ from reappraisal.lab.ensemble import (
     train,
     until,
 )
-from reappraisal.lab.models import generator, reset
+from reappraisal.lab.models import generator, mlp, reset
 from reappraisal.protocol.cache import Damaged
 
 torch.set_num_threads(1)
@@ -681,3 +681,22 @@ def test_modules_that_occur_twice_are_computed_twice(shared):
     torch.testing.assert_close(
         ensemble.predict(x)[0], single(x).detach(), rtol=1e-10, atol=1e-10
     )
+
+
+@pytest.mark.parametrize(
+    "optimiser", [SGD(0.05, momentum=0.9), AdamW(0.01, weight_decay=0.1)],
+    ids=str,
+)
+def test_masks_set_in_the_middle_of_training_hold(optimiser):
+    g = torch.Generator().manual_seed(0)
+    data = torch.randn(40, 6, generator=g), torch.arange(40) % 3
+    keep = torch.rand(2, 5, 6, generator=g) < 0.5
+
+    def prune(state):
+        if state.step == 7:
+            state.set_masks({"1.weight": keep})
+
+    done = train(mlp([6, 5, 3]), data, seeds=[1, 2], steps=20, batch_size=8,
+                 optimiser=optimiser, callbacks=prune, every=1)
+    assert not done.params["1.weight"][~keep].any()
+    assert done.params["1.weight"][keep].all()

@@ -847,11 +847,12 @@ class Gradual:
 
     def __post_init__(self):
         self.masks: dict[str, Tensor] = {}
-        self.kept = 1.0
+        self.kept, self.size = 1.0, 0
 
     def __call__(self, state: State) -> None:
         if state.step == 0:
             self.masks, self.kept = {}, 1.0
+            self.size = len(state.members)
         keep = _checked_share(self.schedule(state.step), "schedule")
         if keep > self.kept:
             raise ValueError(
@@ -884,14 +885,10 @@ class Gradual:
         )
         if self.unit in ("neuron", "channel"):
             found = found.with_biases(now)
-        run = state._run
-        run.set_masks(found)
-        # this step's gradient is there already, and momentum remembers
-        for memory in (run.g.flat, *run.slots):
-            memory.mul_(run.masking)
+        state.set_masks(found)
         for name, m in found.items():
             if name not in self.masks:
-                shape = len(run.stopped_at), *m.shape[1:]
+                shape = self.size, *m.shape[1:]
                 self.masks[name] = m.new_ones(shape)
             self.masks[name][state.members] = m
         self.kept = keep

@@ -393,6 +393,13 @@ class State:
             )
         return entries[-1][2]
 
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Zero parameters where `masks` `[A, ...]` are, from now on.
+
+        They replace earlier masks, but what was zeroed begins again at zero.
+        """
+        self._run.set_masks(masks)
+
     def stop(self, which: Tensor) -> None:
         """Freeze the members where `which` `[A]` is true, as they are."""
         if which.shape != self.members.shape or which.dtype != torch.bool:
@@ -626,7 +633,9 @@ class Run:
                     f"does not broadcast to {tuple(full[name].shape)}"
                 ) from None
         self.masking = (full.flat != 0).to(full.flat)
-        self.p.flat.mul_(self.masking)
+        # in the middle of a step, and with momentum, too
+        for flat in (self.p.flat, self.g.flat, *self.slots):
+            flat.mul_(self.masking)
 
     def evaluate(self, batch: Batch, gradient: bool) -> tuple[Tensor, dict]:
         """Losses `[A]` and what came with them; gradients into `g`."""

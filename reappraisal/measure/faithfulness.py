@@ -90,7 +90,9 @@ def _signed(attribution: Any) -> Tensor:
             "[S, N, ...] is accepted"
         )
     if not bool(torch.isfinite(v).all()):
-        raise ValueError("attribution: not finite; finite values are accepted")
+        raise ValueError(
+            "attribution: not finite; finite values are accepted"
+        )
     return v
 
 
@@ -935,7 +937,7 @@ def _samples_at(v: Tensor, x: Tensor, model: Model) -> int:
     """Which dimension of values counts samples."""
     lead = (len(model),) if isinstance(model, Ensemble) else ()
     at = len(lead)
-    if v.shape[:at] != lead or v.ndim <= at + 1 or len(v[(0,) * at]) != len(x):
+    if v.ndim <= at + 1 or v.shape[: at + 1] != (*lead, len(x)):
         raise ValueError(
             f"explain: gave shape {tuple(v.shape)}; {(*lead, *x.shape)} is "
             "accepted"
@@ -1178,7 +1180,9 @@ def retained(
     """
     x, v = torch.as_tensor(x), _signed(attribution)
     if which not in ("top", "bottom"):
-        raise ValueError(f"which: got {which!r}; 'top', 'bottom' are accepted")
+        raise ValueError(
+            f"which: got {which!r}; 'top' and 'bottom' are accepted"
+        )
     if not 0 <= frac <= 1:
         raise ValueError(f"frac: got {frac}; 0 to 1 is accepted")
     if v.shape != x.shape:

@@ -40,9 +40,9 @@ from reappraisal.protocol.intervals import (
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'Units', 'Corruption', 'natural', 'corrupt', 'corrupted', 'CorruptionReport', 'corruption_curve',
-           'input_map', 'value_and_jacobian', 'input_jacobian', 'local_lipschitz', 'Margins', 'first_order', 'margins',
-           'normalised_margins', 'NoiseStability', 'noise_stability', 'AdversarialReport', 'adversarial_accuracy',
-           'GroupAccuracy', 'group_accuracy']
+           'input_map', 'own_inputs', 'value_and_jacobian', 'input_jacobian', 'local_lipschitz', 'Margins',
+           'first_order', 'margins', 'normalised_margins', 'NoiseStability', 'noise_stability', 'AdversarialReport',
+           'adversarial_accuracy', 'GroupAccuracy', 'group_accuracy']
 
 # %% ../../nbs/measure/robustness.ipynb #ad20fdbe
 @dataclass(frozen=True, eq=False, repr=False)
@@ -866,7 +866,7 @@ def corruption_curve(
         spoilt.mean(-2),
     )
 
-# %% ../../nbs/measure/robustness.ipynb #76594f6d
+# %% ../../nbs/measure/robustness.ipynb #d74995b7
 @contextmanager
 def input_map(model: Model) -> Iterator[Callable[[Tensor], Tensor]]:
     """A model as a differentiable function of its input.
@@ -913,10 +913,23 @@ def input_map(model: Model) -> Iterator[Callable[[Tensor], Tensor]]:
         yield call
 
 
-def _placed(model: Model, x: Tensor) -> Tensor:
-    """Inputs where the model is and in its precision; a member's copy.
+def own_inputs(model: Model, x: Tensor) -> Tensor:
+    """Inputs as `input_map` wants them.
 
-    [B, ...] for a module and [S, B, ...] for an ensemble.
+    Parameters
+    ----------
+    model : nn.Module or Ensemble
+    x : Tensor [B, ...]
+
+    Returns
+    -------
+    Tensor [B, ...], or [S, B, ...] for an ensemble
+        Where the model is and in its precision.
+
+    Raises
+    ------
+    ValueError
+        If inputs are no real numbers, or the model is in half precision.
     """
     many = isinstance(model, Ensemble)
     tensors = model.params.values() if many else model.parameters()
@@ -990,7 +1003,7 @@ def input_jacobian(
     parts = []
     with input_map(model) as call:
         for x, _ in as_batches(data, batch_size):
-            x = _placed(model, x)
+            x = own_inputs(model, x)
             z, J = value_and_jacobian(call, x)
             parts.append(J.flatten(z.ndim))
     return torch.cat(parts, -3)
@@ -1022,7 +1035,7 @@ def local_lipschitz(
         parts.append(torch.linalg.matrix_norm(J, 2))
     return torch.cat(parts, -1)
 
-# %% ../../nbs/measure/robustness.ipynb #b0cf68a5
+# %% ../../nbs/measure/robustness.ipynb #a58c942b
 _DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
 
 
@@ -1161,7 +1174,7 @@ def margins(
     parts = []
     with input_map(model) as call:
         for x, y in as_batches(data, batch_size):
-            x = _placed(model, x)
+            x = own_inputs(model, x)
             z, J = value_and_jacobian(call, x)
             z, J = z.double(), J.flatten(z.ndim).double()
             y = z.argmax(-1) if y is None else as_labels(y, z)
@@ -1339,7 +1352,7 @@ def noise_stability(
         moved.append(far.unflatten(-2, shape).mean(-2))
     return NoiseStability(sigmas, torch.cat(kept, -1), torch.cat(moved, -1))
 
-# %% ../../nbs/measure/robustness.ipynb #25dc4c34
+# %% ../../nbs/measure/robustness.ipynb #922080f1
 @dataclass(frozen=True, eq=False, repr=False)
 class AdversarialReport:
     """What is left of accuracy under attack.
@@ -1476,7 +1489,7 @@ def adversarial_accuracy(
     for x, y in as_batches(data, batch_size):
         if y is None:
             raise ValueError("data: has no labels; they are needed")
-        start = _placed(model, x)
+        start = own_inputs(model, x)
         clean = read_outputs(model, (x, y), batch_size=batch_size)
         broken = torch.where(clean.correct, math.inf, 0.0).double()
         for epsilon in radii:

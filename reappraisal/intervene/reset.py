@@ -209,7 +209,7 @@ def _seeds(seed: Any, size: int | None) -> list[int]:
 def _spawned(seed: Any, size: int) -> list[int]:
     """Seeds for independent draws."""
     words = np.random.SeedSequence(checked_seed(seed))
-    return [int(w) for w in words.generate_state(size, np.uint64) >> 1]
+    return words.generate_state(size).tolist()
 
 
 def _size(model: Model) -> int | None:
@@ -261,8 +261,8 @@ def _drawn(model, groups, seeds, init) -> dict[str, dict[str, Tensor]]:
     own, many = _tensors(model), isinstance(model, Ensemble)
     module = _module(model)
     for name, part in module.named_modules():
-        inside = any(k.startswith(f"{name}.") for v in wanted.values()
-                     for k in v)
+        stem = f"{name}." if name else ""
+        inside = any(k.startswith(stem) for v in wanted.values() for k in v)
         if inside and parametrize.is_parametrized(part):
             raise ValueError(
                 f"layer: {name!r} is parametrised, so its own reset would "
@@ -751,8 +751,8 @@ class Criticality:
 
         s, _, d = self.disagreement.shape
         index = pd.MultiIndex.from_product(
-            [range(s), self.layers, self.seeds[:d]],
-            names=["member", "layer", "seed"],
+            [range(s), self.layers, range(d)],
+            names=["member", "layer", "draw"],
         )
         names = list(_DISTANCES)
         if self.correct is not None:

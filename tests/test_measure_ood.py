@@ -17,6 +17,7 @@ from reappraisal.lab.ensemble import Ensemble
 from reappraisal.measure.ood import (
     DETECTORS,
     METRICS,
+    DetectorReport,
     aupr,
     auroc,
     auroc_difference,
@@ -212,22 +213,62 @@ def test_null_difference_is_rejected_at_the_rate_it_says():
     assert 0.02 < np.mean(rejected) < 0.09
 
 
-def test_member_intervals_are_students_t():
+def test_members_alone_are_students_t():
     a, b = rand(5, 30), rand(5, 20, seed=1) + 0.5
     report = evaluate(a, b)
     x = report.auroc.numpy()
     lo, hi = scipy.stats.t.interval(0.9, 4, x.mean(), scipy.stats.sem(x))
-    i = report.interval(level=0.9)
+    i = report.interval(level=0.9, samples=False)
     assert np.allclose((i.lo, i.hi), (lo, hi))
     other = evaluate(a + rand(5, 30, seed=3), b + rand(5, 20, seed=4))
-    gap = report.minus(other)
+    gap = report.minus(other, samples=False)
     d = (report.auroc - other.auroc).numpy()
-    assert np.isclose(gap.estimate, d.mean()) and gap.n == 5
+    assert np.isclose(gap.se, scipy.stats.sem(d)) and gap.n == 5
     alone = evaluate(a[0], b[0])
-    against = report.minus(alone, "fpr95")
+    against = report.minus(alone, "fpr95", n_boot=50)
     assert np.isclose(
         against.estimate, (report.fpr95 - alone.fpr95).mean()
     )
+
+
+def test_members_and_samples_add_up():
+    a, b = rand(4, 30), rand(4, 25, seed=1) + 0.5
+    a, b = a + 2 * rand(30, seed=2), b + 2 * rand(25, seed=3)
+    one, other = evaluate(a, b), evaluate(a.round(), b.round())
+    heard = pairwise(a, b) - pairwise(a.round(), b.round())
+    cov = np.cov(heard.mean(1)) / 25 + np.cov(heard.mean(2)) / 30
+    d = heard.mean((1, 2)).numpy()
+    shared = (cov.sum() - np.trace(cov)) / 12
+    gap = one.minus(other)
+    assert np.isclose(gap.estimate, d.mean())
+    assert np.isclose(
+        gap.se**2, d.var(ddof=1) / 4 + max(shared, 0), atol=1e-12
+    )
+    assert one.interval().se > one.interval(samples=False).se
+    assert np.isclose(
+        auroc_difference((a, b), (a.round(), b.round())).lo, gap.lo
+    )
+    # members that are one: as sure as the samples allow
+    twins = evaluate(a[:1].expand(4, 30), b[:1].expand(4, 25))
+    single = evaluate(a[0], b[0]).interval()
+    assert np.isclose(twins.interval().se, single.se)
+    assert twins.interval(samples=False).se == 0
+    # resampling says what DeLong says
+    by_draws = DetectorReport._covariance([one], "aupr_out", 300, 0)
+    assert by_draws.shape == (4, 4) and (by_draws.diagonal() > 0).all()
+
+
+def test_members_and_samples_cover():
+    """Members share their samples; the truth is one half."""
+    hits = {True: [], False: []}
+    for s in range(200):
+        a = rand(6, 40, seed=s) + rand(40, seed=s + 10**5)
+        b = rand(6, 30, seed=s + 10**6) + rand(30, seed=s + 10**7)
+        report = evaluate(a, b)
+        for samples in hits:
+            hits[samples].append(0.5 in report.interval(samples=samples))
+    assert np.mean(hits[True]) > 0.91
+    assert np.mean(hits[False]) < 0.8
 
 
 @pytest.mark.parametrize("metric", METRICS)

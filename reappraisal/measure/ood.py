@@ -24,13 +24,8 @@ from reappraisal.measure.reading import (
     as_logits,
     read_outputs,
 )
-from ..protocol.intervals import check_level
-from reappraisal.protocol.statistics import (
-    Interval,
-    bootstrap,
-    mean_interval,
-    paired,
-)
+from ..protocol.intervals import check_level, resample_counts
+from ..protocol.statistics import Interval, bootstrap, mean_interval
 
 # %% auto #0
 __all__ = ['Side', 'METRICS', 'Detector', 'DETECTORS', 'max_softmax', 'max_logit', 'margin', 'entropy', 'energy',
@@ -706,8 +701,7 @@ def auroc_difference(
     Returns
     -------
     Interval
-        By DeLong's covariance over samples, or over S members by Student's
-        t of the paired differences.
+        By DeLong's covariance; over S members as `DetectorReport.minus`.
 
     Raises
     ------
@@ -722,8 +716,7 @@ def auroc_difference(
             "are accepted"
         )
     if one[0].ndim == 2 and len(one[0]) > 1:
-        x = (_auroc(*one) - _auroc(*two)).cpu().numpy()
-        return mean_interval(x, level)
+        return evaluate(*one).minus(evaluate(*two), level=level)
     rows = [torch.stack([s.flatten(), t.flatten()])
             for s, t in zip(one, two, strict=True)]
     areas, cov = delong(*rows)
@@ -741,7 +734,44 @@ def auroc_difference(
         gap, gap - reach, gap + reach, level, n, "paired DeLong", p, se
     )
 
-# %% ../../nbs/measure/ood.ipynb #8c55eb73
+# %% ../../nbs/measure/ood.ipynb #6716239b
+def _resamples(n: int, m: int, n_boot: int, seed: int):
+    """Counts of known and unknown samples in resamples, (B, n + m)."""
+    return resample_counts(
+        n + m, n_boot, seed, strata=np.repeat([0, 1], [n, m])
+    )
+
+
+def _over_members(
+    values: Tensor, cov: Tensor | None, level: float, null: float, low: float
+) -> Interval:
+    """Mean over members, from their spread and that of the samples."""
+    own = mean_interval(values.numpy(), level, null=null)
+    if cov is None:
+        return replace(own, lo=max(own.lo, low), hi=min(own.hi, 1.0))
+    size = len(values)
+    shared = float(cov.sum() - cov.trace()) / (size * (size - 1))
+    build = partial(
+        Interval, own.estimate, level=level, n=size, null=null,
+        method="members and samples",
+    )
+    if math.isnan(shared):  # a single sample
+        return build(low, 1.0, p=1.0)
+    var = own.se**2 + max(shared, 0.0)
+    if var == 0:
+        return build(own.lo, own.hi, p=own.p, se=0.0)
+    df = 1e9
+    if own.se:
+        df = min(df, var**2 / (own.se**4 / (size - 1)))
+    se = math.sqrt(var)
+    reach = float(special.stdtrit(df, (1 + level) / 2)) * se
+    p = float(2 * special.stdtr(df, -abs(own.estimate - null) / se))
+    return build(
+        max(own.estimate - reach, low), min(own.estimate + reach, 1.0),
+        p=p, se=se,
+    )
+
+
 METRICS: Mapping[str, Callable[..., Tensor]] = {
     "auroc": _auroc,
     "aupr_out": _aupr,
@@ -799,6 +829,7 @@ class DetectorReport:
         metric: str = "auroc",
         level: float = 0.95,
         *,
+        samples: bool = True,
         n_boot: int = 1999,
         seed: int = 0,
     ) -> Interval:
@@ -809,6 +840,9 @@ class DetectorReport:
         metric : str
             auroc, aupr_out, aupr_in or fpr95.
         level : float
+        samples : bool
+            Whether the interval over members covers the choice of the
+            samples too.
         n_boot, seed
             Of the bootstrap over samples, where it is used.
 
@@ -822,9 +856,11 @@ class DetectorReport:
             If the metric is unknown.
         """
         if len(self.scores_in) > 1:
+            cov = None
+            if samples:
+                cov = self._covariance([self], metric, n_boot, seed)
             null = 0.5 if metric == "auroc" else 0.0
-            i = mean_interval(self[metric].numpy(), level, null=null)
-            return replace(i, lo=max(i.lo, 0.0), hi=min(i.hi, 1.0))
+            return _over_members(self[metric], cov, level, null, 0.0)
         check_level(level)
         if metric == "auroc":
             return _auroc_interval(
@@ -838,6 +874,7 @@ class DetectorReport:
         metric: str = "auroc",
         level: float = 0.95,
         *,
+        samples: bool = True,
         n_boot: int = 1999,
         seed: int = 0,
     ) -> Interval:
@@ -847,7 +884,7 @@ class DetectorReport:
         ----------
         other : DetectorReport
             Of the same members, or of one that all are compared with.
-        metric, level, n_boot, seed
+        metric, level, samples, n_boot, seed
             As for `interval`.
 
         Returns
@@ -872,11 +909,11 @@ class DetectorReport:
                 "are accepted"
             )
         if sizes != {1}:
-            a, b = (
-                np.broadcast_to(r[metric].numpy(), max(sizes))
-                for r in (self, other)
-            )
-            return mean_interval(paired(a, b), level)
+            cov = None
+            if samples:
+                cov = self._covariance([self, other], metric, n_boot, seed)
+            gaps = self[metric] - other[metric]
+            return _over_members(gaps, cov, level, 0.0, -1.0)
         if metric == "auroc":
             return auroc_difference(
                 (self.scores_in[0], self.scores_out[0]),
@@ -886,23 +923,51 @@ class DetectorReport:
         return self._resampled([self, other], metric, level, n_boot, seed)
 
     @staticmethod
+    def _covariance(reports, metric, n_boot, seed) -> Tensor:
+        """Of the members' values or differences, over samples, [S, S]."""
+        size = max(len(r.scores_in) for r in reports)
+        ins, outs = (
+            torch.cat([getattr(r, k).expand(size, -1) for r in reports])
+            for k in ("scores_in", "scores_out")
+        )
+        if metric == "auroc":
+            cov = delong(ins, outs)[1]
+        else:
+            draws = [
+                DetectorReport._weighted(ins, outs, metric, w)
+                for w in _resamples(ins.shape[1], outs.shape[1], n_boot, seed)
+            ]
+            cov = torch.cov(torch.cat(draws).mT)
+        if len(reports) == 1:
+            return cov
+        return (
+            cov[:size, :size] + cov[size:, size:]
+            - cov[:size, size:] - cov[size:, :size]
+        )
+
+    @staticmethod
+    def _weighted(ins, outs, metric, weights) -> Tensor:
+        """A metric [B, K] of K detectors, samples weighted [B, N + M]."""
+        w = torch.as_tensor(weights, dtype=torch.float64)
+        w, v = w.split([ins.shape[1], outs.shape[1]], 1)
+        return torch.stack(
+            [METRICS[metric](a, b, w, v)
+             for a, b in zip(ins, outs, strict=True)], 1
+        )
+
+    @staticmethod
     def _resampled(reports, metric, level, n_boot, seed) -> Interval:
         """Stratified bootstrap of a metric, or of a difference."""
         reports[0][metric]  # refuses unknown names
-        n, m = (
-            t.shape[1] for t in (reports[0].scores_in, reports[0].scores_out)
+        ins, outs = (
+            torch.cat([getattr(r, k) for r in reports])
+            for k in ("scores_in", "scores_out")
         )
+        n, m = ins.shape[1], outs.shape[1]
 
         def statistic(weights):
-            w = torch.as_tensor(weights, dtype=torch.float64)
-            values = [
-                METRICS[metric](
-                    r.scores_in[0], r.scores_out[0], w[:, :n], w[:, n:]
-                )
-                for r in reports
-            ]
-            total = values[0] if len(values) == 1 else values[0] - values[1]
-            return total.numpy()
+            found = DetectorReport._weighted(ins, outs, metric, weights)
+            return (found[:, 0] - found[:, 1:].sum(1)).numpy()
 
         return bootstrap(
             statistic, n + m, level=level, method="percentile",

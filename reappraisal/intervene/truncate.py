@@ -869,14 +869,14 @@ def matrix_train(
             "products are accepted"
         )
     d = len(m)
-    order = [k for pair in zip(range(d), range(d, 2 * d)) for k in pair]
+    order = torch.arange(2 * d).view(2, d).T.flatten().tolist()
     folded = W.reshape(*m, *n).permute(order)
     pairs = [a * b for a, b in zip(m, n, strict=True)]
     train = tensor_train(folded.reshape(pairs), ranks, accuracy)
     return TensorTrain(
         tuple(
-            c.unflatten(1, pair).to(weight)
-            for c, pair in zip(train.cores, zip(m, n), strict=True)
+            c.unflatten(1, (a, b)).to(weight)
+            for c, a, b in zip(train.cores, m, n, strict=True)
         )
     )
 

@@ -691,12 +691,15 @@ def match_features(
         for s in set(begun.seeds)
     }
     like = next(iter(begun.params.values()))
-    tapped = Ensemble.of(
-        [
-            _Tapped(begun.member(i), mine, maps[s]).to(like)
-            for i, s in enumerate(begun.seeds)
-        ],
-        begun.seeds,
+    heads = Ensemble.of([maps[s].to(like) for s in begun.seeds])
+    tapped = replace(
+        begun,
+        template=_Tapped(begun.template, mine, heads.template),
+        params={
+            **{f"net.{k}": v for k, v in begun.params.items()},
+            **{f"regressor.{k}": v for k, v in heads.params.items()},
+        },
+        buffers={f"net.{k}": v for k, v in begun.buffers.items()},
     )
     trained = train(
         tapped,

@@ -281,7 +281,7 @@ def table(rows: Iterable[tuple[str | None, Row]]) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in _HEADS)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
-        f'<table class="reappraisal-parity"><thead><tr>{head}</tr></thead>'
+        f'<table class="table reappraisal-parity"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table>"
     )
 

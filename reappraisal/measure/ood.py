@@ -1364,7 +1364,10 @@ class OODReport:
                 i = row[data].interval(metric)
                 if np.isfinite(i.lo):
                     ax.plot([i.lo, i.hi], [at, at], color=colour, lw=2.4)
-                ax.plot(i.estimate, at, "o", color=colour, ms=6)
+                ax.plot(
+                    i.estimate, at, "o", color=colour, ms=5.5,
+                    mec=ax.get_facecolor(), mew=0.8,
+                )
                 if name == "pixel statistics":
                     ax.axvline(i.estimate, color="C1", ls="--", lw=1)
             ax.set(title=data, xlabel=metric.replace("auroc", "AUROC"))

@@ -73,8 +73,15 @@ def reset(module: nn.Module, seed: int, stream: str = "init") -> nn.Module:
     ValueError
         If a parameter belongs to a layer that cannot reset itself.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, stream).initial_seed())
+    draws = generator(seed, stream).initial_seed()
+    gpus = sorted(
+        {p.device.index for p in module.parameters() if p.is_cuda}
+    )
+    with torch.random.fork_rng(devices=gpus):
+        # torch.manual_seed would also reach devices that are not put back
+        torch.default_generator.manual_seed(draws)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(draws)
         for name, layer in module.named_modules():
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()

@@ -49,9 +49,10 @@ def setting(report: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
     threads = machine.get("threads")
     used = f", {threads} threads used" if threads else ""
+    memory = machine.get("memory_gib")
+    size = f", {memory} GiB" if memory else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB{used}; {versions}"
+        f"{machine['cpu']}, {machine['cores']} cores{size}{used}; {versions}"
     )
 
 # %% ../../nbs/lab/how_fast.ipynb #2f60f696

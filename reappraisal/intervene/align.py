@@ -346,7 +346,7 @@ def weight_matching(
         If the networks differ in architecture, are not finite, or have no
         hidden units.
 
-    Source: ainsworth2023rebasin, sec. 3.2.
+    Source: ainsworth2023rebasin.
     """
     if sweeps < 1:
         raise ValueError(f"sweeps: got {sweeps}; 1 or more are accepted")
@@ -416,7 +416,7 @@ def activation_matching(
         As `weight_matching`; if `how` is another; or no linear layer,
         convolution or embedding gives the units of a group.
 
-    Source: ainsworth2023rebasin, sec. 3.1.
+    Source: ainsworth2023rebasin.
     """
     if how not in ("correlation", "product"):
         raise ValueError(
@@ -503,7 +503,7 @@ def straight_through_matching(
     ValueError
         As `weight_matching`, or if there are no labels.
 
-    Source: ainsworth2023rebasin, sec. 3.3.
+    Source: ainsworth2023rebasin.
     """
     if steps < 1 or not 0 < lr < math.inf:
         raise ValueError(

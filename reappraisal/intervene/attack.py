@@ -351,7 +351,7 @@ def fgsm(
     ValueError
         For arguments that do not fit.
 
-    Source: Goodfellow, Shlens and Szegedy 2015, arXiv:1412.6572, sec. 4.
+    Source: Goodfellow, Shlens and Szegedy 2015, arXiv:1412.6572.
     """
     eps, _ = _radius(eps), _order(norm)
     with input_map(model) as call:
@@ -418,7 +418,7 @@ def pgd(
     ValueError
         For arguments that do not fit.
 
-    Source: Madry et al. 2018, arXiv:1706.06083, sec. 2.1.
+    Source: Madry et al. 2018, arXiv:1706.06083.
     """
     eps, _ = _radius(eps), _order(norm)
     steps, restarts = _whole("steps", steps), _whole("restarts", restarts)
@@ -645,7 +645,7 @@ def deepfool(
     ValueError
         For arguments that do not fit.
 
-    Source: moosavi2016deepfool, alg. 2.
+    Source: moosavi2016deepfool.
     """
     _order(norm)
     steps = _whole("steps", steps)
@@ -686,7 +686,7 @@ def minimal(
     ValueError
         For arguments that do not fit.
 
-    Source: Pintor et al. 2021, arXiv:2102.12827, alg. 1, with steps along
+    Source: Pintor et al. 2021, arXiv:2102.12827, with steps along
     the steepest direction of the norm, in units of the first margin.
     """
     _order(norm)
@@ -1132,7 +1132,7 @@ def adversarial_training(
     ValueError
         For arguments that do not fit.
 
-    Source: Madry et al. 2018, arXiv:1706.06083, sec. 2, eq. 2.1.
+    Source: Madry et al. 2018, arXiv:1706.06083.
     """
     if not isinstance(model, Ensemble):
         raise ValueError(

@@ -139,7 +139,7 @@ def transfer_loss(
         not positive, or the kind is unknown.
 
     Source: masonwilliams2024distillation, eq. 1 ("cross_entropy"); Hinton,
-    Vinyals and Dean 2015, arXiv:1503.02531, sec. 2 ("hinton"); Ba and Caruana
+    Vinyals and Dean 2015, arXiv:1503.02531 ("hinton"); Ba and Caruana
     2014, arXiv:1312.6184 ("mse").
     """
     z, w = _matched(student, teacher)
@@ -663,7 +663,7 @@ def match_features(
         If a layer does not exist, sizes differ without a regressor, or
         arguments do not fit together.
 
-    Source: Romero et al. 2015, arXiv:1412.6550, eq. 3 (times 2/D).
+    Source: Romero et al. 2015, arXiv:1412.6550 (times 2/D).
     """
     begun = _begun(students, seeds, init_seeds, training)
     x, _ = _gathered(data)

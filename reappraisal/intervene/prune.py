@@ -789,7 +789,7 @@ def keep_schedule(
     ValueError
         For other values.
 
-    Source: zhu2017toprune, eq. 1 (cubic).
+    Source: zhu2017toprune (cubic).
     """
     if kind not in SHAPES:
         raise ValueError(f"kind: got {kind!r}; {list(SHAPES)} are accepted")
@@ -1013,7 +1013,7 @@ def compensate(
     ValueError
         If names or shapes do not fit, or the curvature cannot be inverted.
 
-    Source: benbaki2023chita, sec. 3 (back-solve on the support).
+    Source: benbaki2023chita (back-solve on the support).
     """
     masks._fitting(model)
     subject = subject_of(

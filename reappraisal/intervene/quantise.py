@@ -778,7 +778,7 @@ def round_layer(
     ValueError
         If something is unknown, missing, not finite, or does not fit.
 
-    Source: zhang2023gpfq, sec. 3 ('gpfq'); Frantar et al. 2022,
+    Source: zhang2023gpfq ('gpfq'); Frantar et al. 2022,
     arXiv:2210.17323 ('gptq').
     """
     _known(rounding, damping)
@@ -1354,7 +1354,7 @@ def qat(
         If something is unknown or does not fit, or a weight is already
         something else than an ordinary parameter.
 
-    Source: gholami2021quantization, sec. IV; Esser et al. 2020,
+    Source: gholami2021quantization; Esser et al. 2020,
     arXiv:1902.08153 (learned scales).
     """
     _checked(granularity, scale)
@@ -1508,7 +1508,7 @@ def sensitivity(
     ValueError
         As `quantise`, or if the indicator is unknown.
 
-    Source: gholami2021quantization, sec. V.
+    Source: gholami2021quantization.
     """
     if how not in SENSITIVITIES:
         raise ValueError(f"how: got {how!r}; {SENSITIVITIES} are accepted")
@@ -1579,7 +1579,7 @@ def outlier_ratio(
     ValueError
         If there is no such layer, or no data.
 
-    Source: nrusimha2024outliers, sec. 3.
+    Source: nrusimha2024outliers.
     """
     tensors, module = _tensors(model), _module(model)
     names = _readers(module, layers)
@@ -1633,7 +1633,7 @@ def plant_outlier(
     ValueError
         If there are no such layers, or sizes do not fit.
 
-    Source: nrusimha2024outliers, sec. 3.
+    Source: nrusimha2024outliers.
     """
     tensors = _tensors(model)
     if not (isinstance(factor, (int, float)) and 0 < factor < math.inf):

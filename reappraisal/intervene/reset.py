@@ -159,7 +159,7 @@ def reinitialise(
         `initial` has another shape or no finite numbers there.
 
     Source: Zhang, Bengio and Singer 2022, "Are All Layers Created Equal?",
-    JMLR 23(67), sec. 2; masonwilliams2025datafree, sec. 3.
+    JMLR 23(67); masonwilliams2025datafree, sec. 3.
     """
     return _with(model, _returned(model, initial, layer))
 
@@ -249,7 +249,7 @@ def rerandomise(
         cannot reset itself, or is parametrised.
 
     Source: Zhang, Bengio and Singer 2022, "Are All Layers Created Equal?",
-    JMLR 23(67), sec. 2; masonwilliams2025datafree, sec. 3.
+    JMLR 23(67); masonwilliams2025datafree, sec. 3.
     """
     draws = _drawn(model, {"": layer}, _seeds(seed, _size(model)), init)
     return _with(model, draws[""])

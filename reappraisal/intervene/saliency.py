@@ -339,7 +339,7 @@ def lamp(subject: Subject) -> dict[str, Tensor]:
         Above 0 (unless the weight is 0) and up to 1; among equals, the one
         that comes first has the larger share.
 
-    Source: Lee et al. 2021, arXiv:2010.07611, eq. 4.
+    Source: Lee et al. 2021, arXiv:2010.07611.
     """
     found = {}
     for name, w in subject.weights.items():
@@ -381,7 +381,7 @@ def taylor(subject: Subject, form: str = "square") -> dict[str, Tensor]:
     -------
     dict from name to Tensor [S, ...]
 
-    Source: Molchanov et al. 2019, arXiv:1906.10771, eq. 8.
+    Source: Molchanov et al. 2019, arXiv:1906.10771.
     """
     forms = {"square": Tensor.square, "abs": Tensor.abs, "signed": Tensor.neg}
     if form not in forms:
@@ -403,7 +403,7 @@ def snip(subject: Subject) -> dict[str, Tensor]:
     dict from name to Tensor [S, ...]
         A member's scores sum to 1 (or are all 0).
 
-    Source: Lee, Ajanthan and Torr 2019, arXiv:1810.02340, eq. 6.
+    Source: Lee, Ajanthan and Torr 2019, arXiv:1810.02340.
     """
     objective = subject.objective
     product = (objective.gradient() * objective.theta).abs()
@@ -454,7 +454,7 @@ def grasp(subject: Subject) -> dict[str, Tensor]:
     dict from name to Tensor [S, ...]
         Where negative, removal is expected to increase the gradient.
 
-    Source: Wang, Zhang and Grosse 2020, arXiv:2002.07376, eq. 8 (with the
+    Source: Wang, Zhang and Grosse 2020, arXiv:2002.07376 (with the
     opposite sign, as here the largest are kept).
     """
     objective = subject.objective
@@ -518,7 +518,7 @@ def synflow(
     ValueError
         Without `shape` and data.
 
-    Source: Tanaka et al. 2020, arXiv:2006.05467, eq. 3.
+    Source: Tanaka et al. 2020, arXiv:2006.05467.
     """
     first = next(iter(subject.weights.values()))
     if shape is None:
@@ -571,7 +571,7 @@ def prospr(
     ValueError
         If there are too few batches.
 
-    Source: alizadeh2022prospr, sec. 3.
+    Source: alizadeh2022prospr.
     """
     if isinstance(steps, bool) or int(steps) != steps or steps < 0:
         raise ValueError(
@@ -777,7 +777,7 @@ def obs(
     dict from name to Tensor [S, ...], float64
         In units of the loss, or places.
 
-    Source: Hassibi and Stork 1992, Optimal Brain Surgeon, eq. 5.
+    Source: Hassibi and Stork 1992, Optimal Brain Surgeon.
     """
     blocks = curvature_blocks(subject, block, damping, curvature)
     inverse = _inverse(blocks.matrix)
@@ -856,7 +856,7 @@ def wanda(subject: Subject) -> dict[str, Tensor]:
         If a scored parameter is not the weight of a linear, convolutional
         or embedding layer that is called in a forward pass.
 
-    Source: Sun et al. 2023, arXiv:2306.11695, eq. 1.
+    Source: Sun et al. 2023, arXiv:2306.11695.
     """
     module = copy.deepcopy(subject.ensemble.template).eval()
     layers = {}

@@ -419,7 +419,7 @@ def plan(
         If the budget does not suffice for rank one everywhere, the rule is
         unknown, or a weight is shared or not finite.
 
-    Source: liebenwein2021alds, sec. 3, without slices ("minimax").
+    Source: liebenwein2021alds, without slices ("minimax").
     """
     if rule not in RULES:
         raise ValueError(f"rule: got {rule!r}; {list(RULES)} are accepted")
@@ -675,7 +675,7 @@ def truncate(
         If a name or method is unknown, a weight is shared or not finite, or
         ranks or moments do not fit.
 
-    Source: Kim et al. 2016, arXiv:1511.06530, sec. 3 ("tucker").
+    Source: Kim et al. 2016, arXiv:1511.06530 ("tucker").
     """
     if method not in ("matrix", "tucker"):
         raise ValueError(
@@ -799,7 +799,7 @@ def tensor_train(
     ValueError
         If ranks or accuracy do not fit, or something is not finite.
 
-    Source: Oseledets 2011, doi:10.1137/090752286, alg. 1.
+    Source: Oseledets 2011, doi:10.1137/090752286.
     """
     T = _matrix(tensor, "tensor")
     cuts = T.ndim - 1

@@ -85,8 +85,8 @@ class SAM(_Ascent, SGD):
     lr, weight_decay, momentum, nesterov
         As for `SGD`.
 
-    Source: Foret et al. 2021, arXiv:2010.01412, algorithm 1; Kwon et al.
-    2021, arXiv:2102.11600, algorithm 1.
+    Source: Foret et al. 2021, arXiv:2010.01412; Kwon et al.
+    2021, arXiv:2102.11600.
     """
 
 

@@ -500,7 +500,7 @@ def smoothgrad(
         As `gradient`, or if `sigma` is negative or `samples` below 1.
 
     Source: Smilkov, Thorat, Kim, Viegas and Wattenberg 2017,
-    arXiv:1706.03825, sec. 2.
+    arXiv:1706.03825.
     """
     samples = _count(samples, "samples")
     if not 0 <= sigma < math.inf:
@@ -593,7 +593,7 @@ def integrated_gradients(
     ValueError
         As `gradient`, for an unknown rule, or a baseline that does not fit.
 
-    Source: sundararajan2017axiomatic, eq. 1.
+    Source: sundararajan2017axiomatic.
     """
     places, shares = _nodes(rule, _count(steps, "steps"))
     with scored(model, x, target, batch_size=batch_size) as f:
@@ -772,7 +772,7 @@ def occlusion(
     ValueError
         As `scored`, or if groups or baseline do not fit.
 
-    Source: Zeiler and Fergus 2014, arXiv:1311.2901, sec. 4.2.
+    Source: Zeiler and Fergus 2014, arXiv:1311.2901.
     """
     with scored(model, x, target, batch_size=batch_size) as f:
         players = _players(groups, f.x, partition=False)
@@ -910,7 +910,7 @@ def shapley(
         As `scored`; if groups or baseline do not fit; if there are too many
         players for all coalitions, or too few coalitions for the kernel.
 
-    Source: Lundberg and Lee 2017, arXiv:1705.07874, sec. 4.1; orders as in
+    Source: Lundberg and Lee 2017, arXiv:1705.07874; orders as in
     Castro, Gomez and Tejada 2009, doi:10.1016/j.cor.2008.04.004.
     """
     if estimator not in ("orders", "kernel"):
@@ -1443,8 +1443,8 @@ def lrp(
         followed; for an unknown rule, inputs out of bounds, an epsilon
         below 0 or an alpha below 1.
 
-    Source: Bach et al. 2015, doi:10.1371/journal.pone.0130140, eqs. 58-60;
-    montavon2017deep, sec. 4 (positive and bounded rule).
+    Source: Bach et al. 2015, doi:10.1371/journal.pone.0130140;
+    montavon2017deep (positive and bounded rule).
     """
     if not 0 <= epsilon < math.inf:
         raise ValueError(

@@ -781,7 +781,7 @@ def local_complexity(
     ValueError
         If arguments do not fit.
 
-    Source: Humayun et al. 2024, arXiv:2402.15555, sec. 3.
+    Source: Humayun et al. 2024, arXiv:2402.15555.
     """
     units = _Units(model)
     x = units.points(x, "x")

@@ -181,8 +181,7 @@ def pointing_game(attribution: Any, mask: Any) -> Tensor:
     ValueError
         As `topk_precision`.
 
-    Source: Zhang, Lin, Brandt, Shen and Sclaroff 2016, arXiv:1608.00507,
-    sec. 4.2, without a tolerance around the mask.
+    Source: Zhang, Lin, Brandt, Shen and Sclaroff 2016, arXiv:1608.00507, without a tolerance around the mask.
     """
     v, m = _against(attribution, mask)
     return _hits(v, m, torch.ones(1, dtype=torch.long, device=v.device))
@@ -484,7 +483,7 @@ class Curve:
         Over the steps up to this share of the features, the start among
         them.
 
-        Source: Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820, eq. 12.
+        Source: Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820.
         """
         steps = self.fraction <= upto + 1e-9
         if not 0 < upto <= 1 or steps.sum() < 2:
@@ -660,7 +659,7 @@ def deletion_curve(
         As `attribution.scored` and `replacement`, or if the attribution
         does not fit.
 
-    Source: Petsiuk, Das and Saenko 2018, arXiv:1806.07421, sec. 4.1.
+    Source: Petsiuk, Das and Saenko 2018, arXiv:1806.07421.
     """
     return _curve("deletion", model, x, attribution, target, replace,
                   reference, steps, random_orders, link, seed, batch_size)
@@ -698,7 +697,7 @@ def insertion_curve(
     ValueError
         As `deletion_curve`.
 
-    Source: Petsiuk, Das and Saenko 2018, arXiv:1806.07421, sec. 4.1.
+    Source: Petsiuk, Das and Saenko 2018, arXiv:1806.07421.
     """
     return _curve("insertion", model, x, attribution, target, replace,
                   reference, steps, random_orders, link, seed, batch_size)
@@ -755,7 +754,7 @@ def infidelity(
         As `attribution.scored`, or if something does not fit.
 
     Source: Yeh, Hsieh, Suggala, Inouye and Ravikumar 2019,
-    arXiv:1901.09392, def. 2.1.
+    arXiv:1901.09392.
     """
     samples = _samples(samples)
     if not callable(perturbation) and not 0 < perturbation < float("inf"):
@@ -826,7 +825,7 @@ def subset_fidelity(
     ValueError
         As `deletion_curve`.
 
-    Source: Bhatt, Weller and Moura 2020, arXiv:2005.00631, sec. 3.
+    Source: Bhatt, Weller and Moura 2020, arXiv:2005.00631.
     """
     samples = _samples(samples, 2)
     if not 0 < frac < 1:
@@ -906,7 +905,7 @@ def max_sensitivity(
         something else than values like `x`.
 
     Source: Yeh, Hsieh, Suggala, Inouye and Ravikumar 2019,
-    arXiv:1901.09392, def. 4.1.
+    arXiv:1901.09392.
     """
     samples = _samples(samples)
     if not 0 < radius < float("inf"):
@@ -1105,7 +1104,7 @@ def randomise_parameters(
         If there are no parameters, a layer cannot be reset, or `explain`
         gives something else than values like `x`.
 
-    Source: Adebayo et al. 2018, arXiv:1810.03292, sec. 3.
+    Source: Adebayo et al. 2018, arXiv:1810.03292.
     """
     many = isinstance(model, Ensemble)
     if not many and not isinstance(model, nn.Module):
@@ -1289,7 +1288,7 @@ def diff_roar(
     ValueError
         If there are no labels or fractions, or attributions do not fit.
 
-    Source: shah2021highlight, sec. 3; after Hooker, Erhan, Kindermans and
+    Source: shah2021highlight; after Hooker, Erhan, Kindermans and
     Kim 2019, arXiv:1806.10758.
     """
     if not len(fractions):

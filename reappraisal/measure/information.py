@@ -267,7 +267,7 @@ def count_entropy(counts: Any, method: Counting = "plugin") -> Tensor:
         If counts are not whole numbers from 0, a row is empty, or the
         method is another.
 
-    Source: Grassberger 2003, arXiv:physics/0307138, eq. 27-30.
+    Source: Grassberger 2003, arXiv:physics/0307138.
     """
     n_k = _whole(counts, "counts").double()
     n = n_k.sum(-1)
@@ -670,7 +670,7 @@ def knn_entropy(X: Any, k: int = 3) -> Tensor:
         If X is not finite or has no k neighbours.
 
     Source: Kozachenko and Leonenko 1987; Kraskov et al. 2004,
-    arXiv:cond-mat/0305641, eq. 20.
+    arXiv:cond-mat/0305641.
     """
     t = _rows(X, "X", 2)
     n, d = t.shape[-2:]
@@ -711,7 +711,7 @@ def ksg_information(
         If shapes do not fit, something is not finite, there are no k
         neighbours, or the variant is another.
 
-    Source: Kraskov et al. 2004, arXiv:cond-mat/0305641, eq. 8-9, 23-24.
+    Source: Kraskov et al. 2004, arXiv:cond-mat/0305641.
     """
     parts = [_rows(v, f"variables[{i}]", 2) for i, v in enumerate(variables)]
     if len(parts) < 2 or len({t.shape[:-1] for t in parts}) > 1:
@@ -847,7 +847,7 @@ def infonce(scores: Tensor) -> Tensor:
     ValueError
         If the table is not square, finite and of two or more.
 
-    Source: tschannen2020mutual, eq. 2; van den Oord et al. 2018,
+    Source: tschannen2020mutual; van den Oord et al. 2018,
     arXiv:1807.03748.
     """
     t = _scores(scores)
@@ -862,7 +862,7 @@ def nwj(scores: Tensor) -> Tensor:
     best critic is the logarithm of the density ratio; critics trained on
     the form with exp(f - 1) score one more.
 
-    Source: Poole et al. 2019, arXiv:1905.06922, sec. 2.
+    Source: Poole et al. 2019, arXiv:1905.06922.
     """
     t = _scores(scores)
     return 1 + _own(t) - _log_mean_apart(t).exp()
@@ -874,7 +874,7 @@ def donsker_varadhan(scores: Tensor) -> Tensor:
     Parameters, returns (without a ceiling) and errors as `infonce`. A
     constant added to all scores changes nothing.
 
-    Source: Belghazi et al. 2018, arXiv:1801.04062, eq. 3 and 10.
+    Source: Belghazi et al. 2018, arXiv:1801.04062.
     """
     t = _scores(scores)
     return _own(t) - _log_mean_apart(t)
@@ -1034,7 +1034,7 @@ def channel_bounds(codes: Any, sigma: Any) -> Bounds:
     ValueError
         As `channel_information`.
 
-    Source: Kolchinsky and Tracey 2017, arXiv:1706.02419, eq. 10 and 12-13.
+    Source: Kolchinsky and Tracey 2017, arXiv:1706.02419.
     """
     t = _in_noise_units(codes, sigma)
     whole = torch.as_tensor(codes)

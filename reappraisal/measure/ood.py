@@ -52,7 +52,7 @@ def max_softmax(logits: Tensor) -> Tensor:
     ValueError
         If the shape is another or something is not finite.
 
-    Source: Hendrycks and Gimpel 2017, arXiv:1610.02136, sec. 2.
+    Source: Hendrycks and Gimpel 2017, arXiv:1610.02136.
     """
     logp = as_logits(logits).double().log_softmax(-1)
     # all but the first of the largest, so nothing cancels
@@ -94,7 +94,7 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     temperature : float, above 0
 
     Source: Liu et al. 2020, "Energy-based out-of-distribution detection",
-    arXiv:2010.03759, eq. 3.
+    arXiv:2010.03759.
     """
     if not temperature > 0:
         raise ValueError(
@@ -139,7 +139,7 @@ def mutual_information(logits: Tensor) -> Tensor:
     Tensor [N], float64
         From 0 to ln min(S, C).
 
-    Source: Houlsby et al. 2011, arXiv:1112.5745, eq. 2.
+    Source: Houlsby et al. 2011, arXiv:1112.5745.
     """
     total = ensemble_entropy(logits)
     return (total - entropy(logits).mean(0)).clamp(min=0)
@@ -222,14 +222,14 @@ class Gaussians:
     def mahalanobis(self, features: Tensor) -> Tensor:
         """Squared distance to the nearest class, [..., N].
 
-        Source: Lee et al. 2018, arXiv:1807.03888, sec. 2.1.
+        Source: Lee et al. 2018, arXiv:1807.03888.
         """
         return self.distances(features).amin(-1)
 
     def relative_mahalanobis(self, features: Tensor) -> Tensor:
         """The same less the distance to all data, [..., N].
 
-        Source: Ren et al. 2021, arXiv:2106.09022, sec. 3.
+        Source: Ren et al. 2021, arXiv:2106.09022.
         """
         if self.whole is None:
             raise ValueError(
@@ -241,7 +241,7 @@ class Gaussians:
     def surprise(self, features: Tensor) -> Tensor:
         """Minus the logarithm of the mixture's density, [..., N], in nats.
 
-        Source: mukhoti2023ddu, sec. 3 (with a covariance per class).
+        Source: mukhoti2023ddu (with a covariance per class).
         """
         d = self.means.shape[-1]
         scale = self.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -363,7 +363,7 @@ def knn_distance(
         If shapes or k do not fit, or something is not finite.
 
     Source: Sun et al. 2022, "Out-of-distribution detection with deep
-    nearest neighbors", arXiv:2204.06507, sec. 3.
+    nearest neighbors", arXiv:2204.06507.
     """
     a, b = _clouds(train, features)
     if isinstance(k, bool) or int(k) != k or not 1 <= k <= a.shape[-2]:

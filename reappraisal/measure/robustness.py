@@ -725,7 +725,7 @@ class CorruptionReport:
         ValueError
             If kinds or severities differ.
 
-        Source: Hendrycks and Dietterich 2019, arXiv:1903.12261, sec. 4.
+        Source: Hendrycks and Dietterich 2019, arXiv:1903.12261.
         """
         same = self.kinds, self.severities
         if same != (baseline.kinds, baseline.severities):
@@ -1217,7 +1217,7 @@ def normalised_margins(
     ValueError
         As `read_outputs`, or if there are no weights, or all-zero ones.
 
-    Source: Bartlett, Foster and Telgarsky 2017, arXiv:1706.08498, sec. 1.
+    Source: Bartlett, Foster and Telgarsky 2017, arXiv:1706.08498.
     """
     orders: dict[str, Any] = {"spectral": 2, "frobenius": "fro"}
     if by not in orders:

@@ -366,7 +366,7 @@ def test_models_are_left_alone(how):
 )
 def test_residual_attention_recurrence(module, x):
     y = torch.tensor([0, 1, 2, 0, 1, 2])
-    for how in sorted(set(CRITERIA) - {"obd", "obs"}):
+    for how in sorted(set(CRITERIA) - {"obd", "obs", "relevance"}):
         options = {"batch_size": 1} if how == "prospr" else {}
         only = "weights"
         if how == "wanda":  # a table that is sliced, not called
@@ -375,11 +375,25 @@ def test_residual_attention_recurrence(module, x):
         assert len(found) > 2 and all(v.isfinite().all() for v in found.values())
 
 
+def test_relevance_is_that_of_the_attribution_batch_by_batch():
+    from reappraisal.measure.attribution import lrp
+
+    module = resnet((1, 4, 6), classes=3, norm=None)
+    x = images()[0].float()
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    found = score(module, "relevance", (x, y), batch_size=4)
+    want = lrp(module, x, y, rule="zplus", weights=True).weights
+    for name, v in found.items():
+        assert torch.allclose(v, want[name].abs(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="no labels"):
+        score(module, "relevance", x)
+
+
 def test_a_planted_dead_weight_is_worth_nothing():
     module = net()
     with torch.no_grad():
         module[3].weight[:, 2] = 0.0  # unit 2 is read by nobody
-    for how in "snip", "taylor", "fisher", "synflow", "obd":
+    for how in "snip", "taylor", "fisher", "synflow", "obd", "relevance":
         found = score(module, how, (X, Y))
         assert found["1.weight"][2].abs().max() == 0, how
         assert found["1.weight"].abs().max() > 0

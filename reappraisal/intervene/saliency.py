@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 
 from ..lab.ensemble import Ensemble
 from ..lab.models import generator
+from ..measure.attribution import lrp
 from reappraisal.measure.curvature import (
     Objective,
     gauss_newton_diagonal,
@@ -30,7 +31,8 @@ from ..measure.reading import as_batches
 
 # %% auto #0
 __all__ = ['REDUCTIONS', 'CRITERIA', 'Saliency', 'Subject', 'subject_of', 'magnitude', 'chance', 'lamp', 'gradient', 'taylor',
-           'snip', 'fisher', 'grasp', 'synflow', 'prospr', 'obd', 'Blocks', 'curvature_blocks', 'obs', 'wanda', 'score']
+           'snip', 'fisher', 'grasp', 'synflow', 'prospr', 'obd', 'Blocks', 'curvature_blocks', 'obs', 'wanda',
+           'relevance', 'score']
 
 # %% ../../nbs/intervene/saliency.ipynb #54c41400
 @dataclass(frozen=True, eq=False, repr=False)
@@ -902,6 +904,44 @@ def wanda(subject: Subject) -> dict[str, Tensor]:
         k: w.abs() * total[k].sqrt() for k, w in subject.weights.items()
     }
 
+# %% ../../nbs/intervene/saliency.ipynb #6ada0616
+def relevance(subject: Subject, rule: str = "zplus") -> dict[str, Tensor]:
+    """How much relevance of the true class passes through each weight.
+
+    Parameters
+    ----------
+    subject : Subject
+        With labels; of layers that `measure.attribution.lrp` knows.
+    rule : str
+        Of `measure.attribution.RULES`.
+
+    Returns
+    -------
+    dict from name to Tensor [S, ...]
+        Absolute values of sums over the samples.
+
+    Raises
+    ------
+    ValueError
+        If there are no labels, a layer has no rule, or a scored parameter
+        is not the weight of a layer with one.
+
+    Source: Yeom et al. 2021, "Pruning by explaining", arXiv:1912.08881, for
+    units; here for weights.
+    """
+    total: dict[str, Tensor] = {}
+    for x, y in as_batches(subject.needed(), subject.batch_size):
+        if y is None:
+            raise ValueError("data: no labels; relevance needs them")
+        found = lrp(subject.ensemble, x, y, rule=rule, weights=True).weights
+        for name, r in found.items():
+            total[name] = total.get(name, 0) + r
+    if missing := [k for k in subject.names if k not in total]:
+        raise ValueError(
+            f"only: {missing} are no weights that relevance goes through"
+        )
+    return {k: total[k].abs() for k in subject.names}
+
 # %% ../../nbs/intervene/saliency.ipynb #56e6efe3
 #: Criteria by name; each takes a `Subject` and options of its own.
 CRITERIA: dict[str, Callable[..., Mapping[str, Tensor]]] = {
@@ -918,6 +958,7 @@ CRITERIA: dict[str, Callable[..., Mapping[str, Tensor]]] = {
     "obd": obd,
     "obs": obs,
     "wanda": wanda,
+    "relevance": relevance,
 }
 
 

@@ -1286,7 +1286,8 @@ def digits_task(data: Dataset, steps: int = 150) -> Task:
     def model(activation):
         return mlp([64, 16, 10], activation)
 
-    return Task(data, model, steps=(steps // 3, 2 * steps // 3, steps))
+    images = replace(data, X=data.images)
+    return Task(images, model, steps=(steps // 3, 2 * steps // 3, steps))
 
 
 def curves_task(data: Dataset, steps: int = 300) -> Task:
@@ -1303,7 +1304,8 @@ def cifar_task(data: Dataset, steps: int = 11700) -> Task:
     def model(activation):
         return resnet((3, 64, 128, 256, 512), 2, activation=activation)
 
-    return Task(data, model, train=45_000, validation=5_000, batch=128,
+    images = replace(data, X=data.images)
+    return Task(images, model, train=45_000, validation=5_000, batch=128,
                 steps=(steps // 3, 2 * steps // 3, steps))
 
 # %% ../../nbs/reproducibility/signal_to_noise.ipynb #53a0905a

@@ -1591,26 +1591,30 @@ def pooled_errors(
     -------
     dict
         Only literatures with a published study: "all" and "published",
-        pooled by inverse variance; "all_runs" and "random", pooled by runs,
+        pooled by inverse variance (without the one study in millions whose
+        runs all tie, so that it has no standard error); "all_runs" and "random", pooled by runs,
         the latter by an editor who keeps as many at random; "kept", how
         many; "egger", p of Egger's test for the random editor.
     """
     study = compare(bank, trick, n * m, k, rng)
     effect, sem = study.effect.reshape(n, m), study.sem.reshape(n, m)
-    kept = study.p.reshape(n, m) < 0.05
+    whole = sem > 0
+    kept = (study.p.reshape(n, m) < 0.05) & whole
     rows = kept.any(1)
-    effect, sem, kept = effect[rows], sem[rows], kept[rows]
+    effect, sem, kept, whole = (
+        v[rows] for v in (effect, sem, kept, whole)
+    )
     count = kept.sum(1)
     rank = rng.random(kept.shape).argsort(1).argsort(1)
     chance = rank < count[:, None]
     true = bank.true[trick]
     return {
-        "all": pool(effect, sem**2)[0] - true,
+        "all": pool(effect, sem**2, whole)[0] - true,
         "published": pool(effect, sem**2, kept)[0] - true,
         "all_runs": effect.mean(1) - true,
         "random": (effect * chance).sum(1) / np.maximum(count, 1) - true,
         "kept": count / m,
-        "egger": egger(effect, sem, chance),
+        "egger": egger(effect, sem, chance & whole),
     }
 
 

@@ -1592,9 +1592,10 @@ def pooled_errors(
     dict
         Only literatures with a published study: "all" and "published",
         pooled by inverse variance (without the one study in millions whose
-        runs all tie, so that it has no standard error); "all_runs" and "random", pooled by runs,
-        the latter by an editor who keeps as many at random; "kept", how
-        many; "egger", p of Egger's test for the random editor.
+        runs all tie, so that it has no standard error); "all_runs" and
+        "random", pooled by runs, the latter of an editor who keeps as many
+        at random; "kept", the share kept; "egger", p of Egger's test for
+        the random editor.
     """
     study = compare(bank, trick, n * m, k, rng)
     effect, sem = study.effect.reshape(n, m), study.sem.reshape(n, m)

@@ -609,7 +609,9 @@ def score(
         count = onehot.sum(1)
         right = torch.einsum("sn,snc->sc", hit, onehot)
         worst = (right / count).nan_to_num(1.0).amin(1)
-        gap = torch.stack([ece(p, t) for p, t in zip(logp.exp(), y)])
+        gap = torch.stack([
+            ece(p, t) for p, t in zip(logp.exp(), y, strict=True)
+        ])
         out.append(torch.stack([hit.mean(1), nll, gap, worst], -1))
     return torch.stack(out, 1).numpy()
 
@@ -668,13 +670,13 @@ class Studies:
     ----------
     effect, sem : ndarray [...]
         In the unit of the runs.
-    df : float
+    df : float or ndarray [...]
         Degrees of freedom of the standard error.
     """
 
     effect: np.ndarray
     sem: np.ndarray
-    df: float
+    df: float | np.ndarray
 
     @property
     def t(self) -> np.ndarray:

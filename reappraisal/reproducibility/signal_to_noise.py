@@ -434,14 +434,15 @@ class RunBank:
         """Paired differences read as accuracy, [tricks, seeds, analyses].
 
         Positive is better. The first analysis is the final accuracy; then
-        come the other metrics, then earlier checkpoints.
+        come the other metrics, then earlier checkpoints. One that is the
+        same for all seeds of the baseline cannot be converted and is 0.
         """
         better = self.values * np.array(list(METRICS.values()))
         better = better[:, :, ::-1].reshape(*self.values.shape[:2], -1)
         spread = better[0].std(0)
-        if not (spread > 0).all():
+        if not spread[0] > 0:
             raise ValueError("values: the baseline does not vary with seeds")
-        unit = 100 * spread[0] / spread
+        unit = 100 * spread[0] / np.where(spread > 0, spread, np.inf)
         return (better[1:] - better[0]) * unit
 
     def to_frame(self):

@@ -905,7 +905,7 @@ def matched_function(
     dict from name to Ensemble
         "equal": as many steps as the base had; "long": four times;
         "labels": long, with mixed labels instead of a teacher; "noise":
-        long, the teacher's word on uniform noise.
+        the teacher's word on uniform noise, as many steps as the base.
     """
     who = away(seeds, "fresh")
     x, soft = mixup(*setup.train, n, seed=1000)
@@ -918,7 +918,7 @@ def matched_function(
         "long": grow(setup, who, who, data=(x,), steps=4 * usual, **teach),
         "labels": grow(setup, who, who, data=(x, soft), steps=4 * usual),
         "noise": grow(
-            setup, who, who, data=(noise,), steps=4 * usual, **teach
+            setup, who, who, data=(noise,), steps=usual, **teach
         ),
     }
 

@@ -226,7 +226,10 @@ def test_collapse_decides_accuracy(drop, expected):
 )
 def test_landscape_rule(student, expected):
     rng = np.random.default_rng(2)
-    luck = lambda r: r * np.exp(rng.normal(0, 0.1, 24))
+
+    def luck(r):
+        return r * np.exp(rng.normal(0, 0.1, 24))
+
     ratio = {k: luck(1.0) for k in ("stranger", "third")}
     ratio |= {f"alpha {a}": luck(student) for a in ALPHAS}
     ratio |= {"16 bit": luck(0.01), "8 bit": luck(0.02), "copy": luck(0.01)}

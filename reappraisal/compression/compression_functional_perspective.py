@@ -432,28 +432,23 @@ class Frontier:
         colours = [*PALETTE.values(), INK]
         for k, technique in enumerate(techniques or self.techniques):
             colour, rows = colours[k % len(colours)], self.of(technique)
+            if not rows:
+                continue
             x = [self.compression(c) for c in rows]
             y = [max(self.point(c, metric), least) for c in rows]
-            line = "-" if len(rows) > 1 else "none"
+            line = "-" if max(x) > min(x) else "none"
             ax.plot(x, y, ls=line, lw=1, color=colour, alpha=0.6)
-            for c, one in zip(rows, x, strict=True):
-                each = np.clip(c.distance[metric] / far, least, None)
-                ax.plot([one] * len(each), each, ".", ms=2, alpha=0.25,
-                        color=colour)
-            for full in (True, False):
-                some = [
-                    i for i, c in enumerate(rows)
-                    if (100 * c.check.mean() >= -pp - 1e-9) == full
-                ]
-                ax.plot(
-                    [x[i] for i in some], [y[i] for i in some], "o", ms=5,
-                    mfc=colour if full else "w", mec=colour,
-                    label=technique if full else None,
-                )
-            if not any(
-                100 * c.check.mean() >= -pp - 1e-9 for c in rows
-            ):
-                ax.plot([], [], "o", mfc="w", mec=colour, label=technique)
+            each = np.stack([c.distance[metric] for c in rows]) / far
+            ax.plot(np.repeat(x, each.shape[1]),
+                    np.clip(each, least, None).ravel(), ".", ms=2, alpha=0.25,
+                    color=colour)
+            kept = [100 * c.check.mean() >= -pp - 1e-9 for c in rows]
+            for full in (False, True):
+                some = [i for i, k in enumerate(kept) if k == full]
+                ax.plot([x[i] for i in some], [y[i] for i in some], "o",
+                        ms=5, mec=colour, mfc=colour if full else "w")
+            ax.plot([], [], "o", ms=5, mec=colour, label=technique,
+                    mfc=colour if any(kept) else "w")
         ax.axhline(1, color=INK, lw=1, ls="--")
         ax.set(xscale="log", yscale="log", ylabel=f"ratio, {metric}",
                xlabel="compression (bits of parent / bits of child)")
@@ -461,7 +456,7 @@ class Frontier:
 
     def __repr__(self) -> str:
         lines = [f"Frontier({len(self.accuracy)} parents)"]
-        for technique, c in self.matched_accuracy().items():
+        for c in self.matched_accuracy().values():
             lines.append(
                 f"{c.name:<32} {self.compression(c):6.1f} x smaller, "
                 f"{100 * c.gain.mean():+.2f} pp, ratio "
@@ -856,7 +851,8 @@ def attacks(
     dict from name to Ensemble
         "no teacher"; "alpha 0.9, T=1" and "T=4"; "permuted" first layer,
         "longer" (four times) and "faster" (rate 0.01) without a teacher;
-        "copy", which starts from the trained base.
+        "copy", which starts from the trained base; "no factor": alpha 0.5
+        and T=3, the teacher's term without T squared.
     """
     order, own = away(seeds, "student"), list(seeds)
     start = untrained(setup.net, own, device=str(setup.train[0].device))
@@ -870,6 +866,10 @@ def attacks(
         "longer": grow(setup, start, order, epochs=4 * setup.epochs),
         "faster": grow(setup, start, order, rate=1e-2),
         "copy": grow(setup, base, order, teacher=base, temperature=3.0),
+        "no factor": grow(
+            setup, start, order, teacher=base, alpha=0.5, temperature=3.0,
+            kind="cross_entropy",
+        ),
     }
 
 
@@ -905,7 +905,8 @@ def matched_function(
     dict from name to Ensemble
         "equal": as many steps as the base had; "long": four times;
         "labels": long, with mixed labels instead of a teacher; "noise":
-        the teacher's word on uniform noise, as many steps as the base.
+        the teacher's word on uniform noise, as many steps as the base;
+        "unmixed": long, on the inputs that the base had.
     """
     who = away(seeds, "fresh")
     x, soft = mixup(*setup.train, n, seed=1000)
@@ -919,6 +920,9 @@ def matched_function(
         "labels": grow(setup, who, who, data=(x, soft), steps=4 * usual),
         "noise": grow(
             setup, who, who, data=(noise,), steps=usual, **teach
+        ),
+        "unmixed": grow(
+            setup, who, who, data=setup.train[:1], steps=4 * usual, **teach
         ),
     }
 
@@ -962,6 +966,7 @@ def routes(
         found["pruned, one epoch"] = {
             f"{100 * s:.0f} %": pruned(s, tune) for s in TUNED
         }
+        found["control"]["one epoch more"] = pruned(0.0, tune)
         found["low rank"] = {
             f"{100 * b:.0f} %": low_rank(b) for b in BUDGETS
         }
@@ -991,7 +996,7 @@ def lineage(
     """
     roles = ("stranger", "third") if depth == "all" else ("stranger",)
     nets = published(setup, seeds, roles)
-    base, stranger = nets.pop("base"), nets.pop("stranger")
+    base, stranger = nets.pop("base"), nets["stranger"]
     more: dict[str, dict[str, Ensemble]] = {
         "control": {}, "student": {}, "fresh student": {},
         "function matching": {},

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from ..intervene.prune import Masks, mask
 from ..intervene.saliency import score
-from ..lab.ensemble import SGD, Ensemble, Optimiser, train
+from reappraisal.lab.ensemble import (
+    SGD,
+    Ensemble,
+    Optimiser,
+    cross_entropy,
+    train,
+)
 from ..lab.models import generator, reset
 from ..measure.functional import js_divergence
 
@@ -105,9 +111,12 @@ def cosine(
         k: v.shape for k, v in b.items()
     }:
         raise ValueError("child: other parameters than the parent's")
-    a, b = flattened(a), flattened(b)
-    length = a.norm(dim=1) * b.norm(dim=1)
-    return torch.where(length > 0, (a * b).sum(1) / length, 0.0)
+    dot, aa, bb = (
+        sum((u[k].double() * v[k].double()).flatten(1).sum(1) for k in a)
+        for u, v in ((a, b), (a, a), (b, b))
+    )
+    length = (aa * bb).sqrt()
+    return torch.where(length > 0, dot / length, 0.0)
 
 # %% ../../nbs/compression/what_makes_a_good_prune.ipynb #c0000011
 LAWS = {
@@ -591,16 +600,19 @@ class Setting:
             masks=masks, device=self.device, **self.rest,
         )
 
+    def answers(self, model: Ensemble) -> Tensor:
+        """Test outputs `[S, N, C]`."""
+        rows = max(1, 2**18 // len(model))  # so that stacks fit in memory
+        return model.predict(self.test[0], rows)
+
+    def right(self, answers: Tensor) -> np.ndarray:
+        """Accuracy of answers, in per cent, one for each member."""
+        hits = answers.argmax(-1) == self.test[1]
+        return 100 * hits.double().mean(1).cpu().numpy()
+
     def accuracy(self, model: Ensemble) -> np.ndarray:
         """Test accuracy of every member, in per cent."""
-        found = model.evaluate(*self.test).accuracy
-        return 100 * found.double().cpu().numpy()
-
-    def divergence(self, model: Ensemble, other: Ensemble) -> np.ndarray:
-        """Jensen-Shannon divergence of test answers, nats, by member."""
-        p, q = (m.predict(self.test[0]).double().softmax(-1)
-                for m in (model, other))
-        return js_divergence(p, q).cpu().numpy()
+        return self.right(self.answers(model))
 
 
 @dataclass(frozen=True)
@@ -653,14 +665,18 @@ def cut(
     if not masks:
         raise ValueError("masks: empty; one at least is accepted")
     rows = []
+    theirs = setting.answers(parents).double().softmax(-1)
     for at in range(0, len(masks), chunk or len(masks)):
         some = masks[at : at + (chunk or len(masks))]
         stack, there = copies(parents, len(some)), joined(some)
         pruned = there.apply(stack)
-        child = setting.tuned(stack, there)
+        after = setting.answers(setting.tuned(stack, there))
+        js = js_divergence(
+            after.double().softmax(-1), theirs.repeat(len(some), 1, 1)
+        )
         found = (
             cosine(stack, pruned).cpu().numpy(), setting.accuracy(pruned),
-            setting.accuracy(child), setting.divergence(stack, child),
+            setting.right(after), js.cpu().numpy(),
         )
         rows.append([f.reshape(len(some), -1) for f in found])
     return Cut(*(np.concatenate(r) for r in zip(*rows, strict=True)))
@@ -844,10 +860,11 @@ def sweep_both(
         rows: dict[str, list] = {k: [] for k in parts}
         for p in np.asarray(sparsity, dtype=float):
             child = mask(how, 1 - p).apply(parents)
-            scored = child.evaluate(*setting.test)
+            out = setting.answers(child)
+            loss = cross_entropy(out, setting.test[1][None]).mean(1)
             rows["cosine"].append(cosine(parents, child).cpu().numpy())
-            rows["accuracy"].append(100 * scored.accuracy.cpu().numpy())
-            rows["loss"].append(scored.loss.cpu().numpy())
+            rows["accuracy"].append(setting.right(out))
+            rows["loss"].append(loss.cpu().numpy())
         for k, v in rows.items():
             parts[k].append(np.stack(v).astype(float))
     return Sweep(
@@ -1040,7 +1057,7 @@ def strangers(
     table = []
     for m in masks:
         child = flattened(weights_of(m.apply(parents)))
-        table.append((child @ unit.T / child.norm(dim=1, keepdim=True)))
+        table.append(child @ unit.T / child.norm(dim=1, keepdim=True))
     table = torch.stack(table).cpu().numpy()  # [C, child, parent]
     size = len(parents)
     rho = np.stack(

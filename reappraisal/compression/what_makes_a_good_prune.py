@@ -116,7 +116,7 @@ def cosine(
         for u, v in ((a, b), (a, a), (b, b))
     )
     length = (aa * bb).sqrt()
-    return torch.where(length > 0, dot / length, 0.0)
+    return torch.where(length > 0, dot / length, 0.0).cpu()
 
 # %% ../../nbs/compression/what_makes_a_good_prune.ipynb #c0000011
 LAWS = {
@@ -196,7 +196,7 @@ def energy_curve(model: nn.Module | Ensemble, biases: bool = True) -> Tensor:
     gone = torch.nn.functional.pad(w2.cumsum(1), (1, 0))
     if not (gone[:, -1] > 0).all():
         raise ValueError("model: a member's weights are all zero")
-    return (1 - gone / gone[:, -1:]).clamp(0, 1)
+    return (1 - gone / gone[:, -1:]).clamp(0, 1).cpu()
 
 
 def cosine_curve(
@@ -792,7 +792,7 @@ def swap_excess(
         gain = ranked.gather(1, low) - ranked.gather(1, high)
         other = ((kept + gain) / total).clamp(min=0).sqrt()
         found.append((other - (kept / total).sqrt()).amax(1))
-    return torch.stack(found, 1)
+    return torch.stack(found, 1).cpu()
 
 # %% ../../nbs/compression/what_makes_a_good_prune.ipynb #c0000032
 def gap_at_equal(

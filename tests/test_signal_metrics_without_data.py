@@ -40,8 +40,8 @@ from reappraisal.signal.metrics_without_data import (
     passes,
     pooled,
     rebuilt,
-    residual,
     resets,
+    residual,
     rho_table,
     swap,
     taus,
@@ -147,10 +147,12 @@ def test_gaussian_spectra_without_the_matrix():
 def test_alpha_of_fresh_layers_as_the_powerlaw_package_has_it():
     powerlaw = pytest.importorskip("powerlaw")
     for x in fresh_spectra(20, 64, "uniform", 3).numpy():
-        theirs = powerlaw.Fit(x, xmax=None, verbose=False)
+        theirs = powerlaw.Fit(
+            x, parameter_ranges={"alpha": [1, 1e3]}, verbose=0
+        )
         ours = fit_powerlaw(torch.as_tensor(x))
         assert float(ours.xmin) == pytest.approx(theirs.xmin, rel=1e-9)
-        assert float(ours.alpha) == pytest.approx(theirs.alpha, rel=1e-6)
+        assert float(ours.alpha) == pytest.approx(theirs.alpha, rel=1e-3)
 
 
 def test_range():

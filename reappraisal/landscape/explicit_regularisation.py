@@ -31,8 +31,6 @@ from reappraisal.lab.ensemble import (
 from ..lab.models import generator
 from ..lab.optimisers import SAM
 from reappraisal.measure.calibration import (
-    brier_decomposition,
-    classwise_ece,
     ece,
     nll,
     signed_gap,
@@ -58,9 +56,10 @@ from reappraisal.protocol.statistics import (
 # %% auto #0
 __all__ = ['KNOBS', 'TUNED', 'MEASURES', 'CONTROLS', 'Table', 'PUBLISHED_KNOBS', 'Gate', 'perceptron', 'small_convnet', 'Problem',
            'problem', 'shifted', 'Dosed', 'DosedLoss', 'Best', 'Dose', 'Bank', 'dose_response', 'readings', 'panel',
-           'published', 'rescaled', 'along_temperature', 'tau', 'planned', 'four_controls', 'evidence_sharper',
-           'log_ratio', 'evidence_temperature', 'works', 'counts', 'shuffled_within', 'evidence_keep', 'rank_path',
-           'optimum', 'evidence_paths', 'halves', 'enough', 'evidence_sign', 'evidence_left', 'intervened']
+           'published', 'rescaled', 'along_temperature', 'curvature', 'tau', 'planned', 'four_controls',
+           'evidence_sharper', 'log_ratio', 'evidence_temperature', 'works', 'counts', 'shuffled_within',
+           'evidence_keep', 'rank_path', 'optimum', 'evidence_paths', 'halves', 'enough', 'evidence_sign',
+           'evidence_left', 'intervened']
 
 # %% ../../nbs/landscape/explicit_regularisation.ipynb #83a44ca8
 KNOBS: dict[str, tuple[float, ...]] = {
@@ -140,7 +139,9 @@ class Problem:
     grid: tuple[int, ...]
 
 
-def problem(name: str, rows: int = 600) -> Problem:
+def problem(
+    name: str, rows: int = 600, held: int | None = None
+) -> Problem:
     """One of the three sets of this chapter, standardised.
 
     Parameters
@@ -149,6 +150,9 @@ def problem(name: str, rows: int = 600) -> Problem:
         "digits", "waves" or "patches".
     rows
         Of the training set.
+    held
+        Of validation and test set each; by default 400 and 797, 1000 and
+        2400, 1000 and 3000.
 
     Returns
     -------
@@ -172,6 +176,8 @@ def problem(name: str, rows: int = 600) -> Problem:
             f"name: got {name!r}; 'digits', 'waves' and 'patches' are "
             "accepted"
         )
+    if held is not None:
+        sizes = (rows, held, held)
     parts = whole.split(0, sizes)
     if name == "digits":
         parts = (p.corrupt_labels(0.2, i) for i, p in enumerate(parts))
@@ -510,12 +516,18 @@ def readings(
     -------
     dict
         accuracy and its val_accuracy; ece (equal width), ece_mass (root mean
-        square gap of equal-mass bins, debiased), classwise, reliability
-        (of Brier's score), gap (confidence minus accuracy), nll; val_ece,
-        val_gap; T; ece_T, ece_mass_T and nll_T after scaling; left, the
-        share of ece_T that a second temperature removes; changed, test
-        predictions that scaling changes.
+        square gap of equal-mass bins, debiased), gap (confidence minus
+        accuracy); val_ece, val_gap; T; ece_T, ece_mass_T and nll_T after
+        scaling; left, the share of ece_T that a second temperature removes;
+        changed, test predictions that scaling changes.
     """
+    some = max(1, 2**22 // (len(problem.test) * problem.test.n_classes))
+    if len(ensemble) > some:  # so that what lies between stays small
+        parts = [
+            readings(ensemble[at : at + some], problem, n_bins)
+            for at in range(0, len(ensemble), some)
+        ]
+        return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     val, test = problem.val, problem.test
     z, zv = ensemble.predict(test.X).cpu(), ensemble.predict(val.X).cpu()
     fitted = temperature_scale(zv, val.y)
@@ -533,10 +545,7 @@ def readings(
         "val_accuracy": right(zv, val.y),
         "ece": ece(p, test.y, n_bins),
         "ece_mass": ece(p, test.y, n_bins, **mass),
-        "classwise": classwise_ece(p, test.y, n_bins),
-        "reliability": brier_decomposition(p, test.y, n_bins).reliability,
         "gap": signed_gap(p, test.y),
-        "nll": nll(z, test.y),
         "val_ece": ece(pv, val.y, n_bins),
         "val_gap": signed_gap(pv, val.y),
         "T": fitted.value,
@@ -545,7 +554,8 @@ def readings(
         "nll_T": nll(scaled, test.y),
         "changed": (z.argmax(-1) != scaled.argmax(-1)).sum(-1),
     }
-    found["left"] = 1 - ece(qq, test.y, n_bins) / found["ece_T"]
+    left = 1 - ece(qq, test.y, n_bins) / found["ece_T"]
+    found["left"] = left
     return {k: v.double().numpy() for k, v in found.items()}
 
 # %% ../../nbs/landscape/explicit_regularisation.ipynb #826c25db
@@ -571,7 +581,7 @@ def _numpy(t: Tensor) -> np.ndarray:
 
 
 def panel(
-    ensemble: Ensemble, data: tuple[Tensor, Tensor], probes: int = 8
+    ensemble: Ensemble, data: tuple[Tensor, Tensor]
 ) -> dict[str, np.ndarray]:
     """Nine measures of sharpness of every member, `[S]` each.
 
@@ -580,20 +590,18 @@ def panel(
     ensemble
     data
         Inputs and labels.
-    probes
-        Random vectors for the trace.
 
     Returns
     -------
     dict
-        By the names in `MEASURES`. IGS is read on the first 16 rows.
+        By the names in `MEASURES`. The trace takes 8 random vectors. IGS is read on the first 16 rows.
     """
     x, y = data
     plain = dict(loss="cross_entropy")
     weight = ensemble.params[_classifier(ensemble.template) + ".weight"]
     return dict(zip(MEASURES, map(_numpy, (
         hessian_trace(
-            ensemble, data, method="hutchinson", products=probes, **plain
+            ensemble, data, method="hutchinson", products=8, **plain
         ).estimate,
         top_eigenvalue(ensemble, data, tol=1e-2, **plain),
         worst_case(ensemble, data, **plain),
@@ -666,9 +674,9 @@ def along_temperature(
     ensemble: Ensemble,
     T: Sequence[Any],
     data: tuple[Tensor, Tensor],
-    probes: int = 8,
+    names: Sequence[str] = ("trace", "top_eigenvalue", "relative_flatness"),
 ) -> dict[str, np.ndarray]:
-    """Trace, top eigenvalue and relative flatness as logits are divided.
+    """Curvature as the logits are divided.
 
     Parameters
     ----------
@@ -677,31 +685,41 @@ def along_temperature(
         K temperatures, each a number for all or one per member.
     data
         Inputs and labels.
-    probes
-        Random vectors for the trace, the same at every temperature.
+    names
+        Which of trace (8 random vectors, the same at every temperature),
+        top_eigenvalue and relative_flatness.
 
     Returns
     -------
     dict
         Name to `[K, S]`.
     """
-    found: dict[str, list[np.ndarray]] = {
-        "trace": [], "top_eigenvalue": [], "relative_flatness": []
-    }
-    plain = dict(loss="cross_entropy")
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for t in T:
         t = torch.as_tensor(t, dtype=torch.float64).expand(len(ensemble))
         at = rescaled(ensemble, t)
-        found["trace"].append(_numpy(hessian_trace(
-            at, data, method="hutchinson", products=probes, **plain
-        ).estimate))
-        found["top_eigenvalue"].append(
-            _numpy(top_eigenvalue(at, data, tol=1e-2, **plain))
-        )
-        found["relative_flatness"].append(
-            _numpy(relative_flatness(at, data, **plain))
-        )
+        for name in names:
+            found[name].append(curvature(at, data, name))
     return {k: np.stack(v) for k, v in found.items()}
+
+
+def curvature(
+    ensemble: Ensemble, data: tuple[Tensor, Tensor], name: str
+) -> np.ndarray:
+    """One of the three readings of `along_temperature`, `[S]`."""
+    loss = "cross_entropy"
+    if name == "trace":
+        return _numpy(hessian_trace(
+            ensemble, data, loss, method="hutchinson", products=8
+        ).estimate)
+    if name == "top_eigenvalue":
+        return _numpy(top_eigenvalue(ensemble, data, loss, tol=1e-2))
+    if name == "relative_flatness":
+        return _numpy(relative_flatness(ensemble, data, loss))
+    raise ValueError(
+        f"name: got {name!r}; 'trace', 'top_eigenvalue' and "
+        "'relative_flatness' are accepted"
+    )
 
 # %% ../../nbs/landscape/explicit_regularisation.ipynb #c25e30dc
 def tau(
@@ -784,7 +802,6 @@ def four_controls(
     tuned: Mapping[str, float],
     seeds: Sequence[int],
     stage: str = "early",
-    augmented: bool = False,
 ) -> dict[str, np.ndarray]:
     """The paper's table: readings of `CONTROLS`, `[5, seeds]` each.
 
@@ -796,14 +813,13 @@ def four_controls(
     seeds
     stage
         "early" for early stopping, or "final".
-    augmented
-        Read the sharpness of the network trained with shifts on shifted
-        training rows (one draw), as it was trained.
 
     Returns
     -------
     dict
-        `readings` and `published` by name, and igs.
+        `readings` and `published` by name, and igs; and, as fr_moved,
+        rf_moved and sam_moved, the network trained with shifts on shifted
+        training rows (one draw) instead of clean ones.
 
     Raises
     ------
@@ -825,16 +841,16 @@ def four_controls(
         igs(chosen, (data[0][:16], data[1][:16]), rank=20)
     )
     found = {k: v.reshape(len(CONTROLS), -1) for k, v in found.items()}
-    if augmented:
-        tables = shifted(x, bank.problem.grid)
-        rng = generator(0, "augmented")
-        way = torch.randint(1, len(tables), (len(x),), generator=rng)
-        way *= torch.rand(len(x), generator=rng) < tuned["shift"]
-        moved = tables[way, torch.arange(len(x))].to(device)
-        at = CONTROLS.index("shift")
-        own = getattr(bank, stage)[torch.as_tensor(rows[at])]
-        for k, v in published(own, (moved, data[1])).items():
-            found[k][at] = v
+    tables = shifted(x, bank.problem.grid)
+    rng = generator(0, "augmented")
+    way = torch.randint(1, len(tables), (len(x),), generator=rng)
+    way *= torch.rand(len(x), generator=rng) < tuned["shift"]
+    moved = tables[way, torch.arange(len(x))].to(device)
+    at = CONTROLS.index("shift")
+    own = getattr(bank, stage)[torch.as_tensor(rows[at])]
+    for k, v in published(own, (moved, data[1])).items():
+        found[k + "_moved"] = found[k].copy()
+        found[k + "_moved"][at] = v
     return found
 
 # %% ../../nbs/landscape/explicit_regularisation.ipynb #f8e1fa09
@@ -1135,12 +1151,13 @@ def evidence_left(
             }
     return found
 
-# %% ../../nbs/landscape/explicit_regularisation.ipynb #f4a46301
+# %% ../../nbs/landscape/explicit_regularisation.ipynb #f21d7b51
 def intervened(
     bank: Bank,
     reads: Table,
     members: np.ndarray,
     data: tuple[Tensor, Tensor],
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """Readings of some members at T = 1 and at T*, `[2, members]` each.
 
@@ -1151,8 +1168,8 @@ def intervened(
         `readings` of its final networks.
     members
         Which.
-    data
-        Inputs and labels for the curvature.
+    data, options
+        Inputs and labels, and options of `along_temperature`.
 
     Returns
     -------
@@ -1161,7 +1178,7 @@ def intervened(
     """
     some = bank.final[torch.as_tensor(members)]
     T = reads["T"][members]
-    found = along_temperature(some, [1.0, T], data)
+    found = along_temperature(some, [1.0, T], data, **options)
     found["ece"] = np.stack([reads["ece"][members], reads["ece_T"][members]])
     found["T"] = T
     return found

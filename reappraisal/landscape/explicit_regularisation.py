@@ -55,11 +55,11 @@ from reappraisal.protocol.statistics import (
 
 # %% auto #0
 __all__ = ['KNOBS', 'TUNED', 'MEASURES', 'CONTROLS', 'Table', 'PUBLISHED_KNOBS', 'Gate', 'perceptron', 'small_convnet', 'Problem',
-           'problem', 'shifted', 'Dosed', 'DosedLoss', 'Best', 'Dose', 'Bank', 'dose_response', 'readings', 'panel',
-           'published', 'rescaled', 'along_temperature', 'curvature', 'tau', 'planned', 'four_controls',
-           'evidence_sharper', 'log_ratio', 'evidence_temperature', 'works', 'counts', 'shuffled_within',
-           'evidence_keep', 'rank_path', 'optimum', 'evidence_paths', 'halves', 'enough', 'evidence_sign',
-           'evidence_left', 'intervened']
+           'problem', 'shifted', 'Dosed', 'DosedLoss', 'Best', 'Dose', 'Bank', 'dose_response', 'readings',
+           'second_look', 'panel', 'published', 'rescaled', 'along_temperature', 'curvature', 'tau', 'planned',
+           'four_controls', 'evidence_sharper', 'log_ratio', 'evidence_temperature', 'works', 'counts',
+           'shuffled_within', 'evidence_keep', 'rank_path', 'optimum', 'evidence_paths', 'halves', 'enough',
+           'evidence_sign', 'evidence_left', 'intervened']
 
 # %% ../../nbs/landscape/explicit_regularisation.ipynb #83a44ca8
 KNOBS: dict[str, tuple[float, ...]] = {
@@ -498,7 +498,11 @@ def _seconds() -> float:
 
     return time.perf_counter()
 
-# %% ../../nbs/landscape/explicit_regularisation.ipynb #a1d239c8
+# %% ../../nbs/landscape/explicit_regularisation.ipynb #379b0c5d
+def _numpy(t: Tensor) -> np.ndarray:
+    return t.detach().cpu().double().numpy()
+
+
 def readings(
     ensemble: Ensemble, problem: Problem, n_bins: int = 10
 ) -> dict[str, np.ndarray]:
@@ -515,10 +519,8 @@ def readings(
     Returns
     -------
     dict
-        accuracy and its val_accuracy; ece (equal width), ece_mass (root mean
-        square gap of equal-mass bins, debiased), gap (confidence minus
-        accuracy); val_ece, val_gap; T; ece_T, ece_mass_T and nll_T after
-        scaling; left, the share of ece_T that a second temperature removes;
+        accuracy and val_accuracy; ece (equal width) and gap (confidence
+        minus accuracy); val_ece, val_gap; T; ece_T and nll_T after scaling;
         changed, test predictions that scaling changes.
     """
     some = max(1, 2**22 // (len(problem.test) * problem.test.n_classes))
@@ -531,11 +533,8 @@ def readings(
     val, test = problem.val, problem.test
     z, zv = ensemble.predict(test.X).cpu(), ensemble.predict(val.X).cpu()
     fitted = temperature_scale(zv, val.y)
-    again = temperature_scale(fitted.apply(zv), val.y)
-    p, pv = z.softmax(-1), zv.softmax(-1)
-    scaled = fitted.apply(z)
-    q, qq = scaled.softmax(-1), again.apply(scaled).softmax(-1)
-    mass = dict(scheme="mass", norm="l2", debias=True)
+    p, pv, scaled = z.softmax(-1), zv.softmax(-1), fitted.apply(z)
+    q = scaled.softmax(-1)
 
     def right(f, y):
         return (f.argmax(-1) == y).double().mean(-1)
@@ -544,19 +543,47 @@ def readings(
         "accuracy": right(z, test.y),
         "val_accuracy": right(zv, val.y),
         "ece": ece(p, test.y, n_bins),
-        "ece_mass": ece(p, test.y, n_bins, **mass),
         "gap": signed_gap(p, test.y),
         "val_ece": ece(pv, val.y, n_bins),
         "val_gap": signed_gap(pv, val.y),
         "T": fitted.value,
         "ece_T": ece(q, test.y, n_bins),
-        "ece_mass_T": ece(q, test.y, n_bins, **mass),
         "nll_T": nll(scaled, test.y),
         "changed": (z.argmax(-1) != scaled.argmax(-1)).sum(-1),
     }
-    left = 1 - ece(qq, test.y, n_bins) / found["ece_T"]
-    found["left"] = left
     return {k: v.double().numpy() for k, v in found.items()}
+
+
+def second_look(
+    ensemble: Ensemble, problem: Problem, n_bins: int = 10
+) -> dict[str, np.ndarray]:
+    """Two further readings of calibration, `[S]` each.
+
+    Parameters
+    ----------
+    ensemble, problem, n_bins
+        As for `readings`.
+
+    Returns
+    -------
+    dict
+        ece_mass and ece_mass_T, root mean square gap of equal-mass bins,
+        debiased, before and after scaling; left, the share of ECE after
+        scaling that a second temperature removes.
+    """
+    val, test = problem.val, problem.test
+    z, zv = ensemble.predict(test.X).cpu(), ensemble.predict(val.X).cpu()
+    fitted = temperature_scale(zv, val.y)
+    again = temperature_scale(fitted.apply(zv), val.y)
+    scaled = fitted.apply(z)
+    q, qq = scaled.softmax(-1), again.apply(scaled).softmax(-1)
+    mass = dict(scheme="mass", norm="l2", debias=True)
+    found = {
+        "ece_mass": ece(z.softmax(-1), test.y, n_bins, **mass),
+        "ece_mass_T": ece(q, test.y, n_bins, **mass),
+        "left": 1 - ece(qq, test.y, n_bins) / ece(q, test.y, n_bins),
+    }
+    return {k: _numpy(v) for k, v in found.items()}
 
 # %% ../../nbs/landscape/explicit_regularisation.ipynb #826c25db
 #: Columns of `panel`; a large value is sharp.
@@ -574,10 +601,6 @@ def _classifier(module: nn.Module) -> str:
     if not names:
         raise ValueError("module: has no linear layer")
     return names[-1]
-
-
-def _numpy(t: Tensor) -> np.ndarray:
-    return t.detach().cpu().double().numpy()
 
 
 def panel(
@@ -802,6 +825,7 @@ def four_controls(
     tuned: Mapping[str, float],
     seeds: Sequence[int],
     stage: str = "early",
+    reads: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """The paper's table: readings of `CONTROLS`, `[5, seeds]` each.
 
@@ -813,11 +837,14 @@ def four_controls(
     seeds
     stage
         "early" for early stopping, or "final".
+    reads
+        `readings` of the whole bank at this stage, if there are any; the
+        networks' `second_look` is then left out.
 
     Returns
     -------
     dict
-        `readings` and `published` by name, and igs; and, as fr_moved,
+        `readings`, `second_look`, `published`, igs; and, as fr_moved,
         rf_moved and sam_moved, the network trained with shifts on shifted
         training rows (one draw) instead of clean ones.
 
@@ -832,11 +859,17 @@ def four_controls(
         )
     amounts = {"none": 0.0, "placebo": 1e-6, **tuned}
     rows = [bank.rows(k, amounts[k], seeds) for k in CONTROLS]
-    chosen = getattr(bank, stage)[torch.as_tensor(np.concatenate(rows))]
+    members = np.concatenate(rows)
+    chosen = getattr(bank, stage)[torch.as_tensor(members)]
     x, y = bank.problem.train.X, bank.problem.train.y
     device = next(iter(chosen.params.values())).device
     data = x.to(device), y.to(device)
-    found = readings(chosen, bank.problem) | published(chosen, data)
+    if reads is None:
+        found = readings(chosen, bank.problem)
+        found |= second_look(chosen, bank.problem)
+    else:
+        found = {k: v[members] for k, v in reads.items()}
+    found |= published(chosen, data)
     found["igs"] = _numpy(
         igs(chosen, (data[0][:16], data[1][:16]), rank=20)
     )
@@ -955,8 +988,8 @@ def evidence_keep(
     for i, name in enumerate(sharp):
         accuracy = reads[name]["accuracy"]
         each[name] = works(paths[name], sharp[name], accuracy, n_boot)
-        for j, (m, v) in enumerate(sharp[name].items()):
-            for k, (knob, at) in enumerate(paths[name].items()):
+        for j, v in enumerate(sharp[name].values()):
+            for k, at in enumerate(paths[name].values()):
                 mixed = shuffled_within(accuracy, at, 100 * i + 10 * j + k)
                 found = tau(-v[at], mixed, n_boot=n_boot)
                 outside.append(found.lo > 0 or found.hi < 0)

@@ -215,6 +215,9 @@ _TRACES = re.compile(r"\S*/ipykernel_\d+/\d+\.py")
 def _scrub(value, folder: str):
     if isinstance(value, str):
         value = value.replace(folder + "/", "").replace(folder, ".")
+        # the search takes quadratic time on long words, such as figures
+        if "/ipykernel_" not in value:
+            return value
         return _TRACES.sub("<cell>", value)
     if isinstance(value, list):
         return [_scrub(item, folder) for item in value]

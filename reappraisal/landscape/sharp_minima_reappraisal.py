@@ -37,14 +37,18 @@ from reappraisal.measure.sharpness import (
     relative_flatness_published,
     worst_case,
 )
+from ..protocol.statistics import holm
 
 # %% auto #0
 __all__ = ['CONTROLS', 'PUBLISHED', 'FACTORIAL', 'SHIFTS', 'RATES', 'NETS', 'SIX', 'FORGEABLE', 'INVARIANT', 'THREE', 'OUTCOMES',
-           'SPOILED', 'RATIOS', 'OBJECTIVES', 'Control', 'shifted', 'flip_labels', 'Task', 'digits_task', 'network',
-           'Bank', 'train_bank', 'published_readings', 'sharpness_table', 'sibling_disagreement',
-           'jackknifed_disagreement', 'outcome_table', 'between_tau', 'long_table', 'Signs', 'split_signs',
-           'planted_panel', 'weighted_fit', 'LossRegression', 'Circles', 'circle_points', 'train_circles', 'ranks_with',
-           'Regressions', 'train_regressions', 'eta_squared', 'at_equal_error']
+           'SPOILED', 'RATIOS', 'OBJECTIVES', 'PUBLISHED_TABLE', 'Control', 'shifted', 'flip_labels', 'Task',
+           'digits_task', 'network', 'Bank', 'train_bank', 'published_readings', 'sharpness_table',
+           'sibling_disagreement', 'jackknifed_disagreement', 'outcome_table', 'between_tau', 'long_table', 'Signs',
+           'split_signs', 'planted_panel', 'weighted_fit', 'LossRegression', 'Circles', 'circle_points',
+           'train_circles', 'ranks_with', 'Regressions', 'train_regressions', 'eta_squared', 'at_equal_error', 'Panel',
+           'evidence_flattest', 'evidence_sharper', 'outside_ellipse', 'evidence_safer', 'signs_of',
+           'evidence_disagree', 'conflicts', 'evidence_picks', 'evidence_confidence', 'evidence_circles',
+           'group_evidence']
 
 # %% ../../nbs/landscape/sharp_minima_reappraisal.ipynb #06506be7
 @dataclass(frozen=True)
@@ -1033,3 +1037,309 @@ def at_equal_error(
         e, v = best[(slice(None), *i)][::-1], value[(slice(None), *i)][::-1]
         out[i] = np.interp(math.log(common), e, v)
     return out, common
+
+# %% ../../nbs/landscape/sharp_minima_reappraisal.ipynb #55cb9607
+@dataclass(frozen=True)
+class Panel:
+    """Readings of one bank, [controls, seeds] each.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Keys of `CONTROLS`, the order of the rows.
+    sharp : mapping
+        From `sharpness_table`.
+    safe : mapping
+        From `outcome_table`.
+    """
+
+    names: tuple[str, ...]
+    sharp: Mapping[str, np.ndarray]
+    safe: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, bank: Bank, **options) -> Panel:
+        """Read a bank; options as for `sharpness_table`."""
+        sharp = sharpness_table(bank, **options)
+        return cls(bank.names, sharp, outcome_table(bank))
+
+    def rows(self, names: Sequence[str]) -> list[int]:
+        """Where controls are."""
+        return [self.names.index(k) for k in names]
+
+    def ratio(self, measure: str, name: str) -> np.ndarray:
+        """Log of a control's reading over the baseline's, [seeds]."""
+        own, base = self.rows([name, "base"])
+        return np.log(self.sharp[measure][own] / self.sharp[measure][base])
+
+    def gain(self, outcome: str, name: str) -> np.ndarray:
+        """A control's outcome minus the baseline's, [seeds].
+
+        Of agreement, differences of jackknife pseudo-values.
+        """
+        own, base = self.rows([name, "base"])
+        if outcome != "agreement":
+            return self.safe[outcome][own] - self.safe[outcome][base]
+        top = self.safe["top"]
+        return (jackknifed_disagreement(top[base])
+                - jackknifed_disagreement(top[own]))
+
+    def best_gain(self, outcome: str) -> tuple[str, np.ndarray]:
+        """The best of the five others, and its gain on other seeds.
+
+        It is chosen on the first half of the seeds; the gain is that of the
+        second half.
+        """
+        half = self.safe["accuracy"].shape[1] // 2
+        others = PUBLISHED[1:]
+        if outcome == "agreement":
+            top = self.safe["top"][:, :half]
+            value = -sibling_disagreement(top)
+        else:
+            value = self.safe[outcome][:, :half]
+        best = max(others, key=lambda k: value[self.names.index(k)].mean())
+        if outcome != "agreement":
+            return best, self.gain(outcome, best)[half:]
+        late = replace(self, safe={"top": self.safe["top"][:, half:]})
+        if late.safe["top"].shape[1] < 3:  # a trial run
+            late = self
+        return best, late.gain(outcome, best)
+
+
+def evidence_flattest(panels: Mapping[str, Panel]) -> dict:
+    """For A03/baseline-is-flattest-and-never-best."""
+    found = {}
+    for kind, panel in panels.items():
+        for k in PUBLISHED[1:]:
+            for m in THREE:
+                found[f"{kind}_{k}_{m}"] = panel.ratio(f"own_{m}", k)
+        for o in OUTCOMES:
+            found[f"{kind}_best_{o}"] = panel.best_gain(o)[1]
+    panel = panels["mlp"]
+    for p in ("placebo_wd", "placebo_sam"):
+        for m in THREE:
+            found[f"{p}_{m}"] = panel.ratio(f"own_{m}", p)
+        for o in OUTCOMES:
+            found[f"{p}_{o}"] = panel.gain(o, p)
+    return found
+
+
+def evidence_sharper(clean: Panel, noisy: Panel) -> dict:
+    """For A03/regularised-minima-are-sharper."""
+    found = {
+        f"{label}_{k}_{m}": panel.ratio(m, k)
+        for label, panel in (("clean", clean), ("noisy", noisy))
+        for k in ("sam", "aug", "augsam", "wd")
+        for m in SIX
+    }
+    return found | {
+        f"{p}_{m}": noisy.ratio(m, p)
+        for p in ("placebo_wd", "placebo_sam")
+        for m in SIX
+    }
+
+
+def outside_ellipse(
+    panel: Panel, measure: str, outcome: str, name: str
+) -> float:
+    """1 if a cell's mean lies outside the baseline's 95 % ellipse, else 0."""
+    own, base = panel.rows([name, "base"])
+    x = np.stack([panel.sharp[measure], panel.safe[outcome]])
+    centre = x[:, base].mean(-1)
+    spread = np.linalg.pinv(np.cov(x[:, base]), hermitian=True)
+    d = x[:, own].mean(-1) - centre
+    return float(d @ spread @ d > stats.chi2.isf(0.05, 2))
+
+
+def evidence_safer(panels: Mapping[str, Panel], seed: int = 1000) -> dict:
+    """For A03/sharper-and-safer; the seed permutes labels of cells."""
+    found = {}
+    for kind, panel in panels.items():
+        six = panel.rows(PUBLISHED)
+        for o in OUTCOMES:
+            for m in ("fr", "rf"):
+                found[f"{kind}_{o}_{m}"] = long_table(
+                    panel.sharp[m][six], panel.safe[o][six]
+                )
+    panel = panels["mlp"]
+    six = panel.rows(PUBLISHED)
+    rng = np.random.default_rng(seed)
+    for o in OUTCOMES:
+        for m in ("fr", "rf"):
+            x = rng.permuted(panel.sharp[m][six], axis=0)
+            found[f"permuted_{o}_{m}"] = long_table(x, panel.safe[o][six])
+    found["placebo_outside"] = [
+        outside_ellipse(panel, m, o, p)
+        for m in ("fr", "rf")
+        for o in OUTCOMES
+        for p in ("placebo_wd", "placebo_sam")
+    ]
+    return found
+
+
+def signs_of(panel: Panel, w: np.ndarray | None = None) -> Signs:
+    """`split_signs` of the six measures and four outcomes."""
+    rows = panel.rows(FACTORIAL)
+    x = np.stack([panel.sharp[m][rows] for m in SIX])
+    y = np.stack([panel.safe[o][rows] for o in OUTCOMES])
+    return split_signs(x, y, w)
+
+
+def evidence_disagree(panel: Panel, planted: int = 8) -> dict:
+    """For A03/within-and-between-disagree."""
+    seeds = np.arange(panel.safe["accuracy"].shape[1])
+    shares = [
+        split_signs(*planted_panel("one latent", 1000 + i)).share[0]
+        for i in range(planted)
+    ]
+    return {
+        "share": {
+            "values": seeds,
+            "clusters": seeds,
+            "statistic": lambda values, w: signs_of(panel, w).share,
+        },
+        "planted": shares,
+    }
+
+
+def conflicts(panel: Panel, alpha: float = 0.05) -> dict[str, np.ndarray]:
+    """Directions of seven controls by family of measures.
+
+    Parameters
+    ----------
+    panel : Panel
+    alpha : float
+        Of two-sided t tests, corrected by Holm within a family.
+
+    Returns
+    -------
+    dict from measure to array [7] of -1, 0, 1
+        And "conflict": a rise in one family, a fall in the other.
+    """
+    names, found = FACTORIAL[1:], {}
+    for family in (FORGEABLE, INVARIANT):
+        x = np.stack([[panel.ratio(m, k) for k in names] for m in family])
+        p = stats.ttest_1samp(x, 0, axis=-1).pvalue
+        adjusted = np.asarray(holm(p.ravel())).reshape(p.shape)
+        sign = np.where(adjusted < alpha, np.sign(x.mean(-1)), 0)
+        found |= dict(zip(family, sign, strict=True))
+    a, b = (np.stack([found[m] for m in f]) for f in (FORGEABLE, INVARIANT))
+    up_down = (a > 0).any(0) & (b < 0).any(0)
+    down_up = (a < 0).any(0) & (b > 0).any(0)
+    return found | {"conflict": up_down | down_up}
+
+
+def evidence_picks(
+    panels: Mapping[str, Sequence[Panel]], rescaled: Mapping
+) -> dict:
+    """For A03/the-measure-picks-the-verdict.
+
+    Parameters
+    ----------
+    panels
+        For each architecture those of its label conditions.
+    rescaled
+        What rescaling does: evidence of the control's three criteria.
+    """
+    found = {}
+    for kind, some in panels.items():
+        count = sum(int(conflicts(p)["conflict"].sum()) for p in some)
+        found[f"conflict_{kind}"] = [max(0, 1 - count)]
+    return found | dict(rescaled)
+
+
+def evidence_confidence(
+    panel: Panel, stopped: tuple[np.ndarray, np.ndarray], seed: int = 1000
+) -> dict:
+    """For A03/confidence-carries-most-of-it.
+
+    Parameters
+    ----------
+    panel : Panel
+    stopped : (trace, loss), arrays [8, seeds]
+        Of nets stopped at one training loss.
+    seed : int
+        Of the permutations.
+    """
+    rows = panel.rows(FACTORIAL)
+    loss = panel.sharp["loss"][rows]
+    fit = LossRegression.of(panel.sharp["trace"][rows], loss)
+    early = LossRegression.of(*stopped)
+    once = np.ones((1, len(fit.table)))
+    sign = np.sign(fit.adjusted(fit.table, once))[0]
+
+    def shrinkage(t, w):
+        return 1 - np.abs(fit.adjusted(t, w)[:, 1] / fit.raw(t, w)[:, 1])
+
+    rng = np.random.default_rng(seed)
+    chance = []
+    for _ in range(20):
+        t = fit.table.copy()
+        t[:, 1] = rng.permutation(t[:, 1])
+        chance.append(fit.r2(t, once)[0])
+    return {
+        "r2": fit.evidence(fit.r2),
+        "sam": fit.evidence(lambda t, w: -fit.adjusted(t, w)[:, 0]),
+        "augmentation": fit.evidence(shrinkage),
+        "permuted": [np.mean(chance)],
+        "matched_sam": early.evidence(
+            lambda t, w: sign[0] * fit.raw(t, w)[:, 0]
+        ),
+        "matched_aug": early.evidence(
+            lambda t, w: sign[1] * fit.raw(t, w)[:, 1]
+        ),
+    }
+
+
+def evidence_circles(
+    circles: Circles, least: int = 16, seed: int = 1000
+) -> dict:
+    """For A03/harder-function-sharper-minimum.
+
+    Parameters
+    ----------
+    circles : Circles
+        Of the five `RATIOS`.
+    least : int
+        Seeds needed with perfect training accuracy everywhere.
+    seed : int
+        Of the permutations.
+    """
+    full = (circles.accuracy == 1).all(0)
+    keep = full if full.any() else ~full  # judged nowhere: too few
+    rng = np.random.default_rng(seed)
+    found: dict = {"too_few": [max(0, least - int(full.sum()))]}
+    for m in ("fr", "rf"):
+        for end in ("", "_met"):
+            v = getattr(circles, m + end)[:, keep]
+            name = m + ("_matched" if end else "")
+            found[f"page_{name}"] = v.T
+            found[f"rho_{name}"] = ranks_with(RATIOS, v)
+        mixed = rng.permuted(getattr(circles, m)[:, keep], axis=0)
+        found[f"permuted_{m}"] = ranks_with(RATIOS, mixed)
+    return found
+
+
+def group_evidence(values: np.ndarray, chance: bool = False) -> dict:
+    """Evidence for eta squared from [groups, seeds], above chance or not."""
+    k, n = values.shape
+    long = np.column_stack([np.repeat(np.arange(k), n), values.ravel()])
+    offset = (k - 1) / (k * n - 1) if chance else 0.0
+    return {
+        "values": long,
+        "clusters": np.tile(np.arange(n), k),
+        "statistic": lambda v, w: eta_squared(v, w) - offset,
+    }
+
+# %% ../../nbs/landscape/sharp_minima_reappraisal.ipynb #f9612a71
+#: Accuracy, ECE, corruption accuracy (%), disagreement, Fisher-Rao,
+#: SAM-sharpness and relative flatness of ResNet-18 on CIFAR-10.
+#: Source: masonwilliams2025sharp, table 1.
+PUBLISHED_TABLE: dict[str, tuple[float, ...]] = {
+    "base": (0.720, 0.186, 58.6, 0.282, 0.009, 4.05e-6, 34.6),
+    "sam": (0.794, 0.108, 66.3, 0.168, 0.029, 3.07e-5, 75.1),
+    "aug": (0.886, 0.077, 68.8, 0.121, 1.101, 1.69e-2, 2903),
+    "augsam": (0.908, 0.014, 71.4, 0.069, 1.529, 1.29e-2, 4971),
+    "wd": (0.721, 0.174, 58.6, 0.281, 0.018, 8.49e-6, 59.8),
+    "wdsam": (0.802, 0.096, 67.1, 0.162, 0.035, 3.05e-5, 88.8),
+}

@@ -120,7 +120,7 @@ def test_sharper_and_safer_follows_the_planted_sign():
     rng = np.random.default_rng(3)
 
     def made(sign):
-        p = panel(5.0, 0.3, noise=0.01, seed=int(rng.integers(99)))
+        p = panel(20.0, 0.3, noise=0.01, seed=int(rng.integers(99)))
         safe = {o: sign * v for o, v in p.safe.items() if o != "top"}
         return Panel(p.names, p.sharp, safe | {"top": p.safe["top"]})
 

@@ -918,14 +918,18 @@ class Regressions:
     def sharpness(
         self, step: int, radius: float = 0.005, draws: int = 100
     ) -> np.ndarray:
-        """Log10 of SAM-sharpness at a snapshot, [functions, seeds]."""
+        """Log10 of SAM-sharpness at a snapshot, [functions, seeds].
+
+        In double precision: a raw target's loss is large, its change small.
+        """
         n = len(self.nets) // len(self.names)
         nets = self.nets.at(step)
         rows = []
         for i, target in enumerate(self.targets):
             some = nets[list(range(i * n, (i + 1) * n))]
             value = average_direction(
-                some, (self.x, target), "mse", radius=radius, n_draws=draws
+                some, (self.x, target), "mse", radius=radius, n_draws=draws,
+                dtype=torch.float64,
             )
             rows.append(value.log10().cpu().double().numpy())
         return np.stack(rows)

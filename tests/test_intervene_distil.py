@@ -65,7 +65,7 @@ def test_losses_under_what_must_not_matter(kind, seed, t):
         torch.testing.assert_close(moved, found)
     scaled = transfer_loss(2 * z, w, t, kind)
     assert torch.allclose(scaled, found) == (kind == "cosine")
-    per_member = torch.tensor([[t], [2 * t]])
+    per_member = torch.tensor([[t], [2 * t]], dtype=torch.float64)
     both = transfer_loss(z, w, per_member, kind)
     torch.testing.assert_close(both[0], transfer_loss(z[0], w, t, kind))
     torch.testing.assert_close(both[1], transfer_loss(z[1], w, 2 * t, kind))

@@ -97,6 +97,9 @@ def test_order_of_replicates_is_irrelevant(x, seed):
 @given(samples(3), st.floats(-5, 5), st.sampled_from(("t", "bca")))
 def test_p_and_interval_decide_alike(x, null, method):
     assume(np.ptp(x) > 0.1)
+    # resamples do not reach beyond the replicates, and few of them leave p
+    # large for a null out there: with three, p cannot fall below 0.2
+    assume(method == "t" or x.min() <= null <= x.max())
     i = mean_of(x, method, null=null, level=0.9)
     if abs(i.p - 0.1) > 0.01:  # draws are discrete
         assert (null in i) == (i.p > 0.1)

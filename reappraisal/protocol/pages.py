@@ -70,7 +70,7 @@ def folded(notebook: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/protocol/pages.ipynb #6ad58331
 _INLINE = re.compile(
-    r'src="data:image/(png|jpeg|gif|webp|svg\+xml);base64,([^"]+)"')
+    r'src="data:image/(png|jpeg|gif|webp|svg\+xml);base64,([A-Za-z0-9+/=\s]+)"')
 _CODE = re.compile(r'<div class="highlight"><pre>.*?</pre></div>', re.S)
 _UNCOLOURED = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
 
@@ -250,11 +250,13 @@ def cite_chapter(cfg: Mapping[str, str], doc: str, title: str) -> str:
     str
     """
     key = "reappraisal-" + doc.replace("/", "-").replace("_", "-")
+    key = key.removesuffix("-index")
+    part = "" if doc == "index" else f", {doc}"
     book = to_bibtex({"": Paper(
         id="version " + cfg["version"], key=key, title=title,
         year=int(cfg["copyright"][:4]), room="Reappraisal", chapter=doc,
         authors=("{" + cfg["author"] + "}",),
-        venue=f"Reappraisal: an executable book, {doc}",
+        venue=f"Reappraisal: an executable book{part}",
         url=f"{cfg['address']}{doc}.html")})
     entry = book.partition("\n\n")[2].strip()
     return entry.replace(r"\{", "{").replace(r"\}", "}")
@@ -430,6 +432,17 @@ def setup(app: Any) -> dict[str, Any]:
     dict
         Sphinx's extension metadata.
     """
+    from docutils import nodes
+    from sphinx.util.docutils import SphinxDirective
+
+    class CiteBook(SphinxDirective):
+        def run(self):
+            root = Path(self.env.srcdir).parent
+            self.env.note_dependency(str(root / "settings.ini"))
+            entry = cite_chapter(settings(root), "index", "Reappraisal")
+            return [nodes.literal_block(entry, entry, language="bibtex")]
+
+    app.add_directive("cite-book", CiteBook)
     app.connect("config-inited", _configure, priority=960)
     app.connect("source-read", _fold_code)
     app.connect("doctree-read", _add_head)

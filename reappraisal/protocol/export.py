@@ -11,7 +11,6 @@ import posixpath
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 from urllib.parse import urldefrag
 
 from .book import UnknownName
@@ -54,8 +53,8 @@ def room_pages(root: str | Path, room: str) -> list[str]:
     docs = list(files(read_yaml(Path(root) / "_toc.yml")))
     found = [doc for doc in docs if doc.split("/")[0] == room and "/" in doc]
     if not found:
-        raise UnknownName.of("room", room,
-                             {doc.split("/")[0] for doc in docs if "/" in doc})
+        rooms = {doc.split("/")[0] for doc in docs if "/" in doc}
+        raise UnknownName.of("room", room, rooms)
     return found
 
 # %% ../../nbs/protocol/export.ipynb #fcd56c9e
@@ -94,12 +93,13 @@ def part(
 
     article = BeautifulSoup(html, "html.parser").select_one("article")
     if article is None:
-        raise ValueError(f"{doc}: not a page of the book: it has no <article>")
+        raise ValueError(f"{doc}: no page of the book: it has no <article>")
     for tag in article.select(".headerlink, script, button"):
         tag.decompose()
 
     def at(path):
-        return posixpath.normpath(posixpath.join(posixpath.dirname(doc), path))
+        here = posixpath.dirname(doc)
+        return posixpath.normpath(posixpath.join(here, path))
 
     for tag in article.select("[id]"):
         tag["id"] = _anchor(doc, tag["id"])
@@ -134,7 +134,8 @@ body { max-width: 50rem; margin: 2rem auto; padding: 0 1rem; color: #1b2733;
   background: #fff; font: 1rem/1.6 system-ui, sans-serif; }
 section > article > section > h1, nav { break-before: page; }
 img, svg { max-width: 100%; height: auto; }
-pre { overflow-x: auto; padding: .6rem; font-size: .85rem; background: #f6f7f8; }
+pre { overflow-x: auto; padding: .6rem; font-size: .85rem;
+  background: #f6f7f8; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
 th, td { padding: .2rem .6rem; text-align: left; vertical-align: top; }
 figcaption, blockquote { color: #4a5560; }

@@ -146,7 +146,9 @@ mjx-container[display="true"] { display: block; overflow-x: auto;
 _SHEETS = ("pygments.css", "reappraisal.css", "chapter.css")
 _MATHJAX = """MathJax = {
   tex: {inlineMath: [["\\\\(", "\\\\)"]]},
-  options: {enableMenu: false}, svg: {fontCache: "global"}};"""
+  options: {enableMenu: false, ignoreHtmlClass: "mathjax_ignore",
+            processHtmlClass: "math|output_area"},
+  svg: {fontCache: "global"}};"""
 
 
 def single_page(

@@ -61,7 +61,9 @@ def folded(notebook: Mapping[str, Any]) -> dict[str, Any]:
             continue
         names = re.findall(r"^(?:class|def) (\w+)", source, re.M)
         public = [name for name in names if not name.startswith("_")]
-        what = ", ".join((public or names)[:4]) or "Code"
+        imports = re.search(r"^(?:from|import) ", source, re.M)
+        what = ", ".join((public or names)[:4]) or (
+            "Imports" if imports else "Code")
         prompt = f"{what} ({lines} lines)"
         tags.append("hide-input")
         meta["mystnb"] = {"code_prompt_show": prompt,

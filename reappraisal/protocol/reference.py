@@ -31,11 +31,14 @@ class Surface:
     names : dict of str to str
         Public name to its kind: function, class, data, or the full name of
         the module that it was imported from.
+    printed : frozenset of str
+        Those whose value is a short constant, to be shown.
     """
 
     module: str
     summary: str
     names: dict[str, str]
+    printed: frozenset[str] = frozenset()
 
     @property
     def doc(self) -> str:
@@ -77,6 +80,7 @@ def surface(path: str | Path, module: str) -> Surface:
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     kinds: dict[str, str] = {}
     public: list[str] = []
+    printed = set()
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             kinds[node.name] = "function"
@@ -95,10 +99,18 @@ def surface(path: str | Path, module: str) -> Surface:
                     public = list(ast.literal_eval(node.value))
                 else:
                     kinds[name] = "data"
+                    if _short(node.value):
+                        printed.add(name)
     if unknown := [name for name in public if name not in kinds]:
         raise ValueError(f"{path}: __all__ has {unknown}, nowhere defined")
     summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return Surface(module, summary, {name: kinds[name] for name in public})
+    names = {name: kinds[name] for name in public}
+    return Surface(module, summary, names, frozenset(printed & set(names)))
+
+
+def _short(value):
+    constant = (ast.Constant, ast.Tuple, ast.UnaryOp)
+    return isinstance(value, constant) and len(ast.unparse(value)) <= 60
 
 
 def _absolute(node, module):
@@ -162,7 +174,10 @@ def page(surface: Surface, has_chapter: bool = True) -> str:
     elsewhere = []
     for name, kind in surface.names.items():
         if kind in _DIRECTIVE:
-            lines += [f".. {_DIRECTIVE[kind]}:: {name}", ""]
+            lines += [f".. {_DIRECTIVE[kind]}:: {name}"]
+            if kind == "data" and name not in surface.printed:
+                lines += ["   :no-value:"]
+            lines += [""]
         else:
             elsewhere.append(f"* `{name} <{surface.home(name)}>`")
     if elsewhere:

@@ -75,6 +75,7 @@ _INLINE = re.compile(
     r'src="data:image/(png|jpeg|gif|webp|svg\+xml);'
     r'base64,([A-Za-z0-9+/=\s]+)"')
 _CODE = re.compile(r'<div class="highlight"><pre>.*?</pre></div>', re.S)
+_UNEXPLAINED = re.compile(r"</dt>\s*</dl>")
 _UNCOLOURED = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
 
 
@@ -101,6 +102,7 @@ def lighter(body: str, keep: Callable[[str, bytes], str]) -> str:
         return f'src="{keep(f"{name}.{end}", data)}"'
 
     body = _INLINE.sub(image, body)
+    body = _UNEXPLAINED.sub("</dt><dd></dd></dl>", body)
     return _CODE.sub(lambda m: _UNCOLOURED.sub(r"\1", m.group()), body)
 
 # %% ../../nbs/protocol/pages.ipynb #cab74426

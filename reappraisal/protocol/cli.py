@@ -55,7 +55,7 @@ AsJson = Annotated[
 
 # %% auto #0
 __all__ = ['app', 'Names', 'Root', 'Cache', 'AsJson', 'usage_errors', 'open_store', 'one_line', 'Progress', 'run', 'status',
-           'verdicts', 'check', 'new', 'register', 'joined', 'main']
+           'verdicts', 'check', 'new', 'register', 'export', 'joined', 'main']
 
 # %% ../../nbs/protocol/cli.ipynb #9a8ffcc5
 @contextmanager
@@ -482,6 +482,42 @@ def register(root: Root = None) -> None:
     for claim in added:
         typer.echo(f"registered {claim}")
     typer.echo(f"{len(added)} new; commit registrations/ before the first run")
+
+# %% ../../nbs/protocol/cli.ipynb #94bd2f6e
+@app.command()
+def export(
+    room: Annotated[str, typer.Argument(help="The room.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The file; ROOM.html by default.")
+    ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option(help="A site that is built already; else it is built."),
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Write a room as one HTML file that needs no network."""
+    from reappraisal.protocol.export import (
+        build_site,
+        room_pages,
+        single_page,
+    )
+    from reappraisal.protocol.pages import settings
+
+    with usage_errors():
+        root = find_root(root)
+        docs = room_pages(root, room)
+    output = output or Path(f"{room}.html")
+    try:
+        site = site or build_site(root)
+        address = settings(root)["address"]
+        text = single_page(site, docs, f"Reappraisal: {room}", address)
+    except (ModuleNotFoundError, FileNotFoundError, RuntimeError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    output.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {output} ({len(text) / 1e6:.1f} MB, "
+               f"{len(docs)} chapters)")
 
 # %% ../../nbs/protocol/cli.ipynb #77d1e97a
 def joined(arguments: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ _ROW_KEYS = {
 }
 
 # %% auto #0
-__all__ = ['MIME', 'SCHEMA', 'VERDICTS', 'plain', 'Verdict', 'effect_text', 'bounds_text', 'box']
+__all__ = ['MIME', 'SCHEMA', 'VERDICTS', 'plain', 'Verdict', 'effect_text', 'bounds_text', 'headline', 'box']
 
 # %% ../../nbs/protocol/verdicts.ipynb #b85950e7
 def plain(value: Any) -> Any:
@@ -119,6 +119,11 @@ class Verdict:
     def id(self) -> str:
         """Paper and claim, as in ``A02/delay-shrinks``."""
         return f"{self.record['paper']}/{self.record['claim']}"
+
+    @property
+    def anchor(self) -> str:
+        """Where its box stands on the chapter's page."""
+        return "verdict-" + self.id.lower().replace("/", "-")
 
     @property
     def label(self) -> str:
@@ -218,7 +223,38 @@ def _num(x):
     return text.replace("-", "−")
 
 # %% ../../nbs/protocol/verdicts.ipynb #3cc23ea8
+_SAYS = {"reproduced": "supports", "not reproduced": "refutes",
+         "inconclusive": "undecided", "invalid": "inapplicable"}
+
+
+def headline(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Pick the criteria that a reader should see first.
+
+    Parameters
+    ----------
+    record
+        A verdict's JSON form.
+
+    Returns
+    -------
+    list of dict
+        At most two rows of `criteria`, in the order of registration.
+    """
+    def among(role, outcome):
+        return [row for row in record["criteria"]
+                if row["role"] == role and row["outcome"] == outcome]
+
+    rule = [r for r in record["criteria"] if r["role"] == "evidence"]
+    if record["control"]["outcome"] == "fails":
+        return (among("control", "refutes") or rule)[:2]
+    says = _SAYS[record["verdict"]]
+    picked = among("evidence", says) or among("control", says)
+    return rule if len(rule) <= 2 else (picked or rule)[:2]
+
+# %% ../../nbs/protocol/verdicts.ipynb #b7e04f38
 _CELL = "padding:.15em .6em;text-align:left;vertical-align:top"
+_ROLES = {"evidence": "The rule", "control": "The control",
+          "shown": "Shown, decides nothing"}
 
 
 def box(record: Mapping[str, Any]) -> str:
@@ -234,63 +270,114 @@ def box(record: Mapping[str, Any]) -> str:
     str
         A self-contained fragment.
     """
+    verdict = Verdict(dict(record))
     mark, colour = VERDICTS[record["verdict"]]
-    label = Verdict(dict(record)).label
     meta = [f"{record['scale']} scale", f"{record['n']} replicates"]
     if record["amended"]:
         meta.append("rule amended")
     meta.append(f"{record['seconds']:.0f} s")
-    rows = [r for r in record["criteria"] if r["role"] == "evidence"]
-    rest = [r for r in record["criteria"] if r["role"] != "evidence"]
-    folded = (
-        f"<details><summary>Control, and what else was measured "
-        f"({len(rest)})</summary>{_table(rest)}</details>" if rest else ""
-    )
-    notes = [f"Control: {record['control']['outcome']}. "
-             f"{record['control']['statement']}"]
-    notes += [f"Deviation: {text}" for text in record["deviations"]]
-    undecided = [
-        f"{row['name']} would need about {row['replicates_needed']} replicates"
-        for row in record["criteria"] if row["replicates_needed"]
-    ]
-    if record["verdict"] == "inconclusive" and undecided:
-        notes.append("To settle it: " + "; ".join(undecided) + ".")
+    first = "".join(map(_line, headline(record)))
+    notes = [("Control " + record["control"]["outcome"],
+              record["control"]["statement"])]
+    notes += [("Deviation", text) for text in record["deviations"]]
+    notes += [("To settle it", text) for text in _to_settle(record)]
     paragraphs = "".join(
-        f'<p style="margin:.4em 0">{escape(text)}</p>' for text in notes
+        f'<p style="margin:.4em 0"><strong>{escape(head)}.</strong> '
+        f"{escape(text)}</p>" for head, text in notes
     )
     return (
-        f'<div class="reappraisal-verdict" style="border:1px solid {colour};'
-        f'border-left:.5em solid {colour};padding:.6em 1em;margin:1em 0;'
-        f'overflow-x:auto">'
+        f'<div class="reappraisal-verdict" id="{escape(verdict.anchor)}" '
+        f'style="border:1px solid {colour};border-left:.5em solid {colour};'
+        f'padding:.6em 1em;margin:1em 0">'
         f'<p style="margin:0"><strong style="background:{colour};'
         f'color:#fff;padding:.15em .5em;border-radius:.2em">{mark} '
-        f"{escape(label)}</strong> <code>{record['paper']}/"
-        f"{record['claim']}</code> · {escape(' · '.join(meta))}</p>"
+        f"{escape(verdict.label)}</strong> "
+        f"<code>{escape(verdict.id)}</code> · "
+        f"{escape(' · '.join(meta))}</p>"
         f'<p style="margin:.4em 0">{escape(record["statement"])}</p>'
-        f"{_table(rows)}{paragraphs}{folded}</div>"
+        f'<p style="margin:.4em 0 0">{escape(_tally(record))}</p>'
+        f'<ul style="margin:.2em 0 .4em;padding-left:1.2em">{first}</ul>'
+        f"{paragraphs}{_all(record, verdict)}</div>"
     )
 
 
-def _table(rows):
+def _tally(record):
+    said = [r["outcome"] for r in record["criteria"]
+            if r["role"] == "evidence"]
+    parts = ", ".join(
+        f"{outcome} {said.count(outcome)}"
+        for outcome in ("supports", "refutes", "undecided", "inapplicable")
+        if outcome in said
+    )
+    rule = f"The rule has {len(said)} criteria: {parts}."
+    if len(said) == 1:
+        rule = "The rule has one criterion."
+    if record["control"]["outcome"] == "fails":
+        return rule + " The control decides:"
+    shown = [r for r in headline(record) if r["role"] == "evidence"]
+    return rule + (" Among them:" if len(said) > len(shown) else "")
+
+
+def _to_settle(record):
+    need = [row["replicates_needed"] for row in record["criteria"]
+            if row["replicates_needed"] and row["role"] == "evidence"]
+    if record["verdict"] != "inconclusive" or not need:
+        return []
+    few, many = min(need), max(need)
+    span = f"{few}" if few == many else f"{few} to {many}"
+    return [f"What is undecided would need about {span} replicates."]
+
+
+def _line(row):
+    what = f"{row['name']}: {row['measure']}".rstrip(": ")
+    what += f"; n = {row['n']}"
+    return (
+        f'<li style="margin:.2em 0"><strong>{row["outcome"]}: '
+        f"{escape(effect_text(row))}</strong>, registered "
+        f"{escape(bounds_text(row))}<br>"
+        f'<span style="font-size:.85em">{escape(what)}</span></li>'
+    )
+
+
+def _all(record, verdict):
     heads = "".join(
         f'<th scope="col" style="{_CELL}">{head}</th>'
-        for head in ("criterion", "found", "registered", "power", "says")
+        for head in ("criterion", "found", "interval", "n", "to settle",
+                     "registered", "power", "says")
     )
+    bodies, counts = "", []
+    for role, title in _ROLES.items():
+        rows = [r for r in record["criteria"] if r["role"] == role]
+        if rows:
+            counts.append(f"{title.lower()}: {len(rows)}")
+            bodies += (
+                f'<tbody><tr><th scope="rowgroup" colspan="8" '
+                f'style="{_CELL}">{title}</th></tr>'
+                f"{''.join(map(_row, rows))}</tbody>"
+            )
     return (
-        f'<table style="font-size:.9em;border-collapse:collapse">'
-        f"<thead><tr>{heads}</tr></thead>"
-        f"<tbody>{''.join(map(_row, rows))}</tbody></table>"
+        f"<details><summary>Every criterion ({'; '.join(counts)})</summary>"
+        f'<div id="{escape(verdict.anchor)}-criteria" role="region" '
+        f'aria-label="Criteria of {escape(verdict.id)}" tabindex="0" '
+        f'style="overflow-x:auto">'
+        f'<table style="font-size:.85em;border-collapse:collapse">'
+        f"<thead><tr>{heads}</tr></thead>{bodies}</table></div></details>"
     )
 
 
 def _row(row):
     power = "–" if row["power"] is None else f"{100 * row['power']:.0f}%"
-    role = " (control)" if row["role"] == "control" else ""
-    cells = (
-        f"{row['name']}{role}: {row['measure']}".rstrip(": "),
-        f"{effect_text(row)}, n = {row['n']}", bounds_text(row), power,
-        row["outcome"],
-    )
+    found = f"{_num(row['estimate'])} {row['unit']}"
+    interval = (f"{_num(row['lo'])} to {_num(row['hi'])} "
+                f"({100 * row['level']:.3g}%)")
+    if row["kind"] in ("trend", "test"):
+        found, interval = f"p = {_num(row['p'])}", row["method"]
+    if row["kind"] == "exact":
+        interval = "worst error"
+    need = row["replicates_needed"]
+    cells = (f"{row['name']}: {row['measure']}".rstrip(": "), found,
+             interval, str(row["n"]), f"about {need}" if need else "–",
+             bounds_text(row), power, row["outcome"])
     return "<tr>" + "".join(
         f'<td style="{_CELL}">{escape(cell)}</td>' for cell in cells
     ) + "</tr>"

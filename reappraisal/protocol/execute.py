@@ -36,6 +36,7 @@ from reappraisal.protocol.provenance import (
     Provenance,
     versions,
 )
+from .records import hardware
 
 # %% auto #0
 __all__ = ['Job', 'preload', 'make_job', 'unpack_job', 'Result', 'notebook_bytes', 'clean_outputs', 'put_outputs', 'Session',
@@ -196,6 +197,7 @@ class Result:
     seconds: float = 0.0
     wall: float = 0.0
     cpu: float | None = None
+    started: str | None = None
     error: dict = field(default_factory=dict)
     machine: dict = field(default_factory=dict)
 
@@ -499,7 +501,7 @@ def machine() -> dict:
         "processor": platform.machine(),
         "cores": core_count(),
         "python": platform.python_version(),
-    }
+    } | hardware()
 
 
 def versions_here(job: Job) -> str:
@@ -511,6 +513,10 @@ def versions_here(job: Job) -> str:
         if mine.get(name) != wanted
     ]
     return "; ".join(wrong)
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _execute_in(job, base: Path, server, tell, began: float) -> Result:
@@ -549,12 +555,14 @@ def _execute_in(job, base: Path, server, tell, began: float) -> Result:
         executed = session.executed or source
         text = nbformat.writes(nbformat.from_dict(executed))
     process = _process(session)
+    wall = time.monotonic() - began
     return Result(
         status,
         put_outputs(job.notebook, json.loads(text), str(book)),
         seconds=session.seconds,
-        wall=time.monotonic() - began,
+        wall=wall,
         cpu=process.cpu_seconds if process else None,
+        started=_utc(time.time() - wall),
         error=error,
         machine=machine() | {"warm": server is not None},
     )

@@ -55,7 +55,7 @@ AsJson = Annotated[
 
 # %% auto #0
 __all__ = ['app', 'Names', 'Root', 'Cache', 'AsJson', 'usage_errors', 'open_store', 'one_line', 'Progress', 'run', 'status',
-           'verdicts', 'check', 'new', 'register', 'joined', 'main']
+           'verify', 'verdicts', 'check', 'new', 'register', 'joined', 'main']
 
 # %% ../../nbs/protocol/cli.ipynb #9a8ffcc5
 @contextmanager
@@ -357,6 +357,58 @@ def status(
     states = [s.state for s in found]
     count = {s: states.count(s) for s in dict.fromkeys(sorted(states))}
     typer.echo(", ".join(f"{n} {state}" for state, n in count.items()))
+
+# %% ../../nbs/protocol/cli.ipynb #edf94831
+@app.command()
+def verify(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ROOM|CHAPTER...", help="What to run again.",
+            show_default=False,
+        ),
+    ],
+    scale: Annotated[
+        str | None,
+        typer.Option(help="By default that of the stored outputs."),
+    ] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(min=0, help="Share by which a number may be off."),
+    ] = None,
+    atol: Annotated[
+        float | None,
+        typer.Option(min=0, help="Amount by which a number may be off."),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Seconds for the cells of a chapter."),
+    ] = None,
+    root: Root = None,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run chapters again and compare with what is stored."""
+    from reappraisal.protocol.verify import verify as again
+
+    with usage_errors():
+        if scale is not None and scale not in SCALES:
+            raise UnknownName.of("scale", scale, SCALES)
+        root = find_root(root)
+        chapters = select(root, names)
+    store, code = open_store(root, cache), 0
+    caught = _interrupt_on_sigterm()
+    for chapter in chapters:
+        with usage_errors():
+            try:
+                found = again(chapter, store, scale, rtol, atol, timeout)
+            except KeyboardInterrupt:
+                code = 128 + caught.get("signal", signal.SIGINT)
+                raise typer.Exit(code) from None
+        code = code if found.same else 1
+        text = json.dumps(found.to_dict()) if as_json else str(found)
+        print(text, flush=True)
+    raise typer.Exit(code)
 
 # %% ../../nbs/protocol/cli.ipynb #cfb8a848
 @app.command()

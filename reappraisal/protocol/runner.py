@@ -537,6 +537,7 @@ class Run:
         missing = [task for task in tasks if not self._from_store(task)]
         if missing and self.pool is None:
             self.pool = self._make_pool(missing)
+        if missing:
             self._tell_pool(missing)
         self._todo.extend(missing)
         while self._todo or self._flying:

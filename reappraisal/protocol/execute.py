@@ -5,6 +5,7 @@
 # %% ../../nbs/protocol/execute.ipynb #464d7006
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -515,6 +517,22 @@ def versions_here(job: Job) -> str:
     return "; ".join(wrong)
 
 
+def _close_loop() -> None:
+    """Close the event loop that Jupyter opened in this thread.
+
+    Left to the garbage collector, its sockets may go first, and it then
+    complains on standard error.
+    """
+    from jupyter_core.utils import ensure_event_loop
+
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        return  # a notebook's own loop: Jupyter's ran in another thread
+    loop = ensure_event_loop()
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
 def _utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
@@ -552,6 +570,7 @@ def _execute_in(job, base: Path, server, tell, began: float) -> Result:
             error["cell"] = _place(session)
         finally:
             _sessions.pop(job.label, None)
+            _close_loop()
         executed = session.executed or source
         text = nbformat.writes(nbformat.from_dict(executed))
     process = _process(session)

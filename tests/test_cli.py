@@ -9,6 +9,7 @@ import pytest
 from tiny_book import CHECKOUT, TinyBook
 
 from reappraisal.protocol import cli
+from reappraisal.protocol.progress import EVENTS, EVENTS_SCHEMA
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,12 @@ def test_parameters_and_scale_reach_the_chapter(tmp_path):
     assert process.returncode == 0, err
     events = [json.loads(line) for line in out.splitlines()]
     assert [e["event"] for e in events if e["event"] != "cell"] == [
-        "start", "end", "summary"]
+        "begin", "pool", "start", "end", "summary"]
+    assert events[0]["schema"] == EVENTS_SCHEMA == "reappraisal.events/1"
+    for e in events:
+        assert set(e) == {"event", "elapsed", "left", *EVENTS[e["event"]]}
+    assert events[0]["left"] is None and events[-1]["left"] == 0
+    assert events[-1]["report"]["slowest"][0][0] == "theory/edge_of_chaos"
     assert events[-1]["exit"] == 0 and events[-1]["states"] == {"ran": 1}
     (path,) = (tmp_path / "store").rglob("*.result")
     assert b"smoke [1, 2]" in path.read_bytes()
@@ -103,7 +109,8 @@ def test_help_is_prompt_because_nothing_heavy_is_imported():
     done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("run", "status", "verdicts", "check", "new", "register"):
+    for name in ("run", "status", "verify", "verdicts", "check", "new",
+                 "register"):
         assert f" {name} " in done.stdout
 
 

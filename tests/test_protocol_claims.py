@@ -1,6 +1,7 @@
 """From a registration to a verdict: planted effects, nulls, and bad input."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -19,7 +20,7 @@ from reappraisal.protocol.papers import (
     registrations_dir,
     to_bibtex,
 )
-from reappraisal.protocol.verdicts import MIME, Verdict
+from reappraisal.protocol.verdicts import MIME, Verdict, box
 
 ENTRY = yaml.safe_load("""
 id: A02/made-up
@@ -135,14 +136,27 @@ def test_verdict_survives_json_and_says_the_same_twice(folder):
     verdict = judge(folder, 0.8)
     again = Verdict.from_json(verdict.to_json())
     assert again == verdict == judge(folder, 0.8)
-    bundle = verdict._repr_mimebundle_()
+    bundle, about = verdict._repr_mimebundle_()
+    assert about == {MIME: {"seconds": 1}}
+    output = {"data": bundle, "metadata": about}
+    assert Verdict.from_output(output).seconds == verdict.seconds == 1
     assert bundle[MIME] == json.loads(verdict.to_json())
-    assert bundle["text/html"] == again._repr_html_()
+    assert bundle["text/html"] == box(again.record, 1)
     assert set(bundle) == {"text/plain", "text/html", MIME}
     wanted = {"schema", "claim", "paper", "verdict", "scale", "criteria",
-              "control", "n", "seeds", "seconds", "versions", "registration",
-              "amended"}
+              "control", "n", "seeds", "versions", "registration", "amended"}
     assert wanted <= set(verdict.record)
+
+
+def test_how_long_it_took_stands_beside_the_record(folder):
+    quick = judge(folder, 0.8)
+    slow = dataclasses.replace(quick, seconds=99.0)
+    assert slow.to_json() == quick.to_json() and slow == quick
+    assert "99 s" in slow._repr_html_() and "99" not in slow.to_json()
+    old = quick.record | {"schema": "reappraisal.verdict/1", "seconds": 7.0}
+    read = Verdict.from_json(json.dumps(old))
+    assert read == quick and read.seconds == 7.0
+    assert Verdict.from_output({"data": {"text/plain": "1"}}) is None
 
 
 # --- silent changes ----------------------------------------------------------

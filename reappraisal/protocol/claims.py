@@ -308,12 +308,11 @@ class Claim:
             },
             "n": len(seeds),
             "seeds": seeds,
-            "seconds": round(seconds, 1),
             "versions": _versions(),
             "registration": self.hash,
             "amended": self.amended,
             "deviations": deviations,
-        }))
+        }), seconds=round(seconds, 1))
 
     def _qualifier(self, outcomes):
         for note in self.entry.get("qualify", []):

@@ -55,7 +55,7 @@ AsJson = Annotated[
 
 # %% auto #0
 __all__ = ['app', 'Names', 'Root', 'Cache', 'AsJson', 'usage_errors', 'open_store', 'one_line', 'Progress', 'run', 'status',
-           'verdicts', 'check', 'new', 'register', 'export', 'joined', 'main']
+           'verify', 'verdicts', 'check', 'new', 'register', 'export', 'joined', 'main']
 
 # %% ../../nbs/protocol/cli.ipynb #9a8ffcc5
 @contextmanager
@@ -87,7 +87,9 @@ def one_line(event: dict) -> str:
     -------
     str
     """
-    name = event["chapter"]
+    name = event.get("chapter")
+    if event["event"] == "pool" and event["dashboard"]:
+        return f"see     {event['dashboard']}"
     if event["event"] == "note":
         return f"note    {name}: {event['text']}"
     if event["event"] == "start" and event["attempt"] == 1:
@@ -115,9 +117,10 @@ def _why(event: dict) -> str:
 class Progress:
     """Shows a run as it goes; call it with each event."""
 
-    def __init__(self, total: int, as_json: bool = False):
+    def __init__(self, total: int, as_json: bool = False, scale: str = ""):
         from rich.console import Console
 
+        self.scale, self.forecast = scale, None
         self.total, self.as_json = total, as_json
         self.began, self.done = time.monotonic(), 0
         self.running: dict[str, tuple[float, str]] = {}
@@ -137,6 +140,10 @@ class Progress:
                 transient=True,
             )
             self._screen.start()
+        from reappraisal.protocol.progress import EVENTS_SCHEMA
+
+        self({"event": "begin", "schema": EVENTS_SCHEMA,
+              "chapters": self.total, "scale": self.scale})
         return self
 
     def __exit__(self, *error) -> None:
@@ -145,8 +152,15 @@ class Progress:
 
     def __call__(self, event: dict) -> None:
         """Show an event."""
-        name, kind = event["chapter"], event["event"]
-        if kind == "start":
+        name, kind = event.get("chapter"), event["event"]
+        now = time.monotonic()
+        if kind == "pool":
+            from reappraisal.protocol.progress import Forecast
+
+            known, rest = event["expected"], event["missing"]
+            self.forecast = Forecast(known, rest, event["workers"])
+        elif kind == "start":
+            self.forecast.start(name, now)
             self.running[name] = (time.monotonic(), "starting")
         elif kind == "cell" and name in self.running:
             at = f"cell {event['cell']} of {event['of']}"
@@ -154,11 +168,26 @@ class Progress:
         elif kind == "end":
             self.running.pop(name, None)
             self.done += 1
+            if self.forecast is not None:
+                self.forecast.end(name, now)
         self._say(event)
+
+    def _left(self) -> float | None:
+        now = time.monotonic()
+        return self.forecast.left(now) if self.forecast else None
 
     def _say(self, event: dict) -> None:
         if self.as_json:
-            print(json.dumps(event), flush=True)
+            from reappraisal.protocol.progress import EVENTS
+
+            wanted = {"event", *EVENTS[event["event"]]}
+            left = self._left()
+            told = {
+                "elapsed": round(time.monotonic() - self.began, 3),
+                "left": left if left is None else round(left, 1),
+            }
+            event = {k: v for k, v in event.items() if k in wanted}
+            print(json.dumps(event | told), flush=True)
             return
         text = one_line(event)
         if text and not (self.live and event["event"] == "start"):
@@ -167,24 +196,33 @@ class Progress:
     def _table(self):
         from rich.table import Table
 
+        from reappraisal.protocol.records import in_words
+
         table = Table.grid(padding=(0, 2))
         now = time.monotonic()
         for name, (since, at) in list(self.running.items()):
             table.add_row("running", name, f"{now - since:.0f} s", at)
+        left = self._left()
         table.add_row(
-            f"{self.done}/{self.total}", "", f"{now - self.began:.0f} s", ""
+            f"{self.done}/{self.total}", "", f"{now - self.began:.0f} s",
+            f"about {in_words(left)} left" if left else "",
         )
         return table
 
     def summary(self, outcomes, code: int) -> None:
         """Say how the run ended."""
+        from reappraisal.protocol.progress import report, report_lines
+
         states = [outcome.state for outcome in outcomes]
         count = {s: states.count(s) for s in dict.fromkeys(sorted(states))}
         seconds = time.monotonic() - self.began
+        found = report(outcomes, seconds)
         if self.as_json:
             event = {"event": "summary", "seconds": seconds, "exit": code}
-            print(json.dumps(event | {"states": count}), flush=True)
+            self._say(event | {"states": count, "report": found})
             return
+        for line in report_lines(found) if len(states) > 1 else ():
+            self.console.print(line, markup=False)
         parts = ", ".join(f"{n} {state}" for state, n in count.items())
         noun = "chapter" if len(states) == 1 else "chapters"
         self.console.print(
@@ -308,7 +346,7 @@ def run(
         force=force,
         write=write,
     )
-    progress = Progress(len(chapters), as_json)
+    progress = Progress(len(chapters), as_json, given["scale"])
     runner.tell = progress
     with usage_errors(), progress:
         try:
@@ -357,6 +395,58 @@ def status(
     states = [s.state for s in found]
     count = {s: states.count(s) for s in dict.fromkeys(sorted(states))}
     typer.echo(", ".join(f"{n} {state}" for state, n in count.items()))
+
+# %% ../../nbs/protocol/cli.ipynb #edf94831
+@app.command()
+def verify(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ROOM|CHAPTER...", help="What to run again.",
+            show_default=False,
+        ),
+    ],
+    scale: Annotated[
+        str | None,
+        typer.Option(help="By default that of the stored outputs."),
+    ] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(min=0, help="Share by which a number may be off."),
+    ] = None,
+    atol: Annotated[
+        float | None,
+        typer.Option(min=0, help="Amount by which a number may be off."),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Seconds for the cells of a chapter."),
+    ] = None,
+    root: Root = None,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run chapters again and compare with what is stored."""
+    from reappraisal.protocol.verify import verify as again
+
+    with usage_errors():
+        if scale is not None and scale not in SCALES:
+            raise UnknownName.of("scale", scale, SCALES)
+        root = find_root(root)
+        chapters = select(root, names)
+    store, code = open_store(root, cache), 0
+    caught = _interrupt_on_sigterm()
+    for chapter in chapters:
+        with usage_errors():
+            try:
+                found = again(chapter, store, scale, rtol, atol, timeout)
+            except KeyboardInterrupt:
+                code = 128 + caught.get("signal", signal.SIGINT)
+                raise typer.Exit(code) from None
+        code = code if found.same else 1
+        text = json.dumps(found.to_dict()) if as_json else str(found)
+        print(text, flush=True)
+    raise typer.Exit(code)
 
 # %% ../../nbs/protocol/cli.ipynb #cfb8a848
 @app.command()

@@ -5,6 +5,7 @@
 # %% ../../nbs/protocol/execute.ipynb #464d7006
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +38,7 @@ from reappraisal.protocol.provenance import (
     Provenance,
     versions,
 )
+from .records import hardware
 
 # %% auto #0
 __all__ = ['Job', 'preload', 'make_job', 'unpack_job', 'Result', 'notebook_bytes', 'clean_outputs', 'put_outputs', 'Session',
@@ -196,6 +199,7 @@ class Result:
     seconds: float = 0.0
     wall: float = 0.0
     cpu: float | None = None
+    started: str | None = None
     error: dict = field(default_factory=dict)
     machine: dict = field(default_factory=dict)
 
@@ -499,7 +503,7 @@ def machine() -> dict:
         "processor": platform.machine(),
         "cores": core_count(),
         "python": platform.python_version(),
-    }
+    } | hardware()
 
 
 def versions_here(job: Job) -> str:
@@ -511,6 +515,26 @@ def versions_here(job: Job) -> str:
         if mine.get(name) != wanted
     ]
     return "; ".join(wrong)
+
+
+def _close_loop() -> None:
+    """Close the event loop that Jupyter opened in this thread.
+
+    Left to the garbage collector, its sockets may go first, and it then
+    complains on standard error.
+    """
+    from jupyter_core.utils import ensure_event_loop
+
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        return  # a notebook's own loop: Jupyter's ran in another thread
+    loop = ensure_event_loop()
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _execute_in(job, base: Path, server, tell, began: float) -> Result:
@@ -546,15 +570,18 @@ def _execute_in(job, base: Path, server, tell, began: float) -> Result:
             error["cell"] = _place(session)
         finally:
             _sessions.pop(job.label, None)
+            _close_loop()
         executed = session.executed or source
         text = nbformat.writes(nbformat.from_dict(executed))
     process = _process(session)
+    wall = time.monotonic() - began
     return Result(
         status,
         put_outputs(job.notebook, json.loads(text), str(book)),
         seconds=session.seconds,
-        wall=time.monotonic() - began,
+        wall=wall,
         cpu=process.cpu_seconds if process else None,
+        started=_utc(time.time() - wall),
         error=error,
         machine=machine() | {"warm": server is not None},
     )

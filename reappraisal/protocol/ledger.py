@@ -20,7 +20,7 @@ from .criteria import Finding
 from .logic import evaluate, leaves
 from .multiplicity import benjamini_hochberg, holm
 from .provenance import staleness
-from .verdicts import MIME, Verdict, box
+from .verdicts import Verdict, box
 
 # %% auto #0
 __all__ = ['COLUMNS', 'recheck', 'claim_p', 'Entry', 'Refusal', 'Ledger', 'stored_verdicts', 'why_stale']
@@ -279,7 +279,7 @@ class Ledger:
                 r["statement"], r["verdict"], e.verdict.label, r["scale"],
                 first["measure"], first["estimate"], first["lo"], first["hi"],
                 first["level"], first["unit"], first["sesoi"], ps[i], p_holm,
-                p_bh, first["power"], r["n"], r["amended"], r["seconds"],
+                p_bh, first["power"], r["n"], r["amended"], e.verdict.seconds,
                 r["registration"],
             ), strict=True)))
         return rows
@@ -326,19 +326,19 @@ def stored_verdicts(path: str | Path) -> list[tuple[Verdict, str]]:
     path = Path(path)
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        outputs = [o.get("data", {}) for cell in cells
-                   for o in cell.get("outputs", [])]
+        outputs = [o for cell in cells for o in cell.get("outputs", [])]
+        htmls = [o.get("data", {}).get("text/html", "") for o in outputs]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError,
             UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a notebook: {error}") from error
     found = []
-    for data in outputs:
-        if MIME in data:
-            try:
-                verdict = Verdict.from_json(data[MIME])
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-            found.append((verdict, "".join(data.get("text/html", ""))))
+    for output, html in zip(outputs, htmls, strict=True):
+        try:
+            verdict = Verdict.from_output(output)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if verdict is not None:
+            found.append((verdict, "".join(html)))
     return found
 
 
@@ -374,7 +374,7 @@ def _problems(verdict, html, claims, chapter, scale):
         problems.append(f"is at {verdict.record['scale']} scale")
     problems += recheck(verdict, claim)
     try:
-        drawn = box(verdict.record)
+        drawn = box(verdict.record, verdict.seconds)
     except (KeyError, TypeError) as error:
         return problems + [f"cannot be drawn: {error!r}"]
     if drawn != html:

@@ -60,6 +60,11 @@ from reappraisal.protocol.provenance import (
     stored,
     working_cells,
 )
+from reappraisal.protocol.records import (
+    expected_seconds,
+    judged,
+    records,
+)
 
 #: Seconds that the cells of a chapter may take, unless told otherwise.
 TIMEOUTS = {"smoke": 120.0, "book": 900.0, "paper": None}
@@ -83,6 +88,7 @@ class Outcome:
     key: str = ""
     seconds: float | None = None
     wall: float | None = None
+    cpu: float | None = None
     attempts: int = 0
     error: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -123,11 +129,17 @@ def stored_record(entry: Entry, notebook: dict) -> dict:
     -------
     dict
     """
+    record = entry.record
     kept = "key code parameters modules registrations inputs versions".split()
-    return {name: entry.record[name] for name in kept} | {
-        "scale": entry.record["scale"],
-        "seconds": round(entry.record["seconds"], 1),
-        "threads": entry.record["threads"],
+    more = "values started machine".split()
+    return {name: record[name] for name in kept} | {
+        name: record[name] for name in more if name in record
+    } | {
+        name: round(record[name], 1)
+        for name in ("seconds", "wall", "cpu") if record.get(name) is not None
+    } | {
+        "scale": record["scale"],
+        "threads": record["threads"],
         "outputs": outputs_digest(notebook),
     }
 
@@ -265,6 +277,14 @@ class OnDask:
         self._futures: dict[str, object] = {}
         self._counted = (0.0, workers if scheduler is None else 0)
         self.client.subscribe_topic(self.topic, self._heard)
+
+    @property
+    def dashboard(self) -> str | None:
+        """Address of the scheduler's page, if it has one."""
+        with suppress(Exception):
+            if self.client.scheduler_info(0)["services"].get("dashboard"):
+                return self.client.dashboard_link
+        return None
 
     @property
     def shared(self) -> str:
@@ -502,6 +522,9 @@ class Run:
                 tasks.append(make_task(chapter, self.given))
             except BadNotebook as error:
                 self._fail(chapter, {"name": "BadNotebook", "message": error})
+        took = expected_seconds(records(self.store), self.given["scale"])
+        for task in tasks:
+            task.expected = took.get(task.chapter.name, task.expected)
         tasks.sort(key=lambda task: -task.expected)
         readers = [t for t in tasks if _reads_chapters(t.provenance)]
         return [t for t in tasks if t not in readers], readers
@@ -514,6 +537,8 @@ class Run:
         missing = [task for task in tasks if not self._from_store(task)]
         if missing and self.pool is None:
             self.pool = self._make_pool(missing)
+        if missing:
+            self._tell_pool(missing)
         self._todo.extend(missing)
         while self._todo or self._flying:
             if self._full:
@@ -529,6 +554,21 @@ class Run:
         needed = [task.provenance.libraries for task in tasks]
         libraries = preload(frozenset().union(*needed))
         return OnDask(workers, self.scheduler, self.threads, libraries)
+
+    def _tell_pool(self, missing: list[Task]) -> None:
+        known = {
+            task.chapter.name: task.expected
+            for task in missing if task.expected != float("inf")
+        }
+        self.tell({
+            "event": "pool",
+            "chapter": None,
+            "workers": self.pool.slots,
+            "threads": self.pool.threads,
+            "dashboard": getattr(self.pool, "dashboard", None),
+            "missing": [task.chapter.name for task in missing],
+            "expected": known,
+        })
 
     # The store
 
@@ -653,8 +693,10 @@ class Run:
             "cpu": result.cpu,
             "threads": self.pool.threads,
             "machine": result.machine,
+            "claims": judged(json.loads(result.notebook)),
             "attempts": task.attempts,
             "notes": task.notes,
+            "started": result.started,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         try:
@@ -689,6 +731,7 @@ class Run:
             task.key,
             record["seconds"],
             record["wall"] if state == "ran" else None,
+            record["cpu"] if state == "ran" else None,
             task.attempts,
             notes=task.notes,
         )

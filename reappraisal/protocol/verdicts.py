@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 MIME = "application/vnd.reappraisal.verdict+json"
-SCHEMA = "reappraisal.verdict/1"
+SCHEMA = "reappraisal.verdict/2"
+_FIRST = "reappraisal.verdict/1"
 #: Verdict -> (mark, colour). The mark carries the meaning without colour.
 VERDICTS = {
     "reproduced": ("✔", "#00704f"),
@@ -23,8 +24,8 @@ VERDICTS = {
 }
 _KEYS = {
     "schema", "claim", "paper", "verdict", "reversed", "qualifier", "scale",
-    "criteria", "control", "n", "seeds", "seconds", "versions",
-    "registration", "amended", "deviations", "statement",
+    "criteria", "control", "n", "seeds", "versions", "registration",
+    "amended", "deviations", "statement",
 }
 _ROW_KEYS = {
     "name", "role", "kind", "measure", "unit", "outcome", "estimate", "lo",
@@ -71,19 +72,29 @@ class Verdict:
     record : dict
         The JSON form: `schema`, `claim`, `paper`, `statement`, `verdict`,
         `reversed`, `qualifier`, `scale`, `criteria`, `control`, `n`, `seeds`,
-        `seconds`, `versions`, `registration`, `amended`, `deviations`.
+        `versions`, `registration`, `amended`, `deviations`. The same
+        evidence gives the same record, bit for bit.
+    seconds : float or None
+        Wall time of the experiment. It is not part of the record, and two
+        verdicts that differ in nothing else are equal.
     """
 
     record: dict[str, Any]
+    seconds: float | None = field(default=None, compare=False)
 
     @classmethod
-    def from_json(cls, data: str | Mapping[str, Any]) -> Verdict:
+    def from_json(
+        cls, data: str | Mapping[str, Any], seconds: float | None = None
+    ) -> Verdict:
         """Read a verdict back, checking its form.
 
         Parameters
         ----------
         data
-            JSON text or the decoded mapping.
+            JSON text or the decoded mapping, of this schema or the first,
+            which kept the wall time inside.
+        seconds
+            Wall time of the experiment, where it is known.
 
         Returns
         -------
@@ -95,6 +106,8 @@ class Verdict:
             If it is not a verdict of this schema.
         """
         record = json.loads(data) if isinstance(data, str) else dict(data)
+        if record.get("schema") == _FIRST:
+            record["schema"], seconds = SCHEMA, record.pop("seconds", seconds)
         if record.get("schema") != SCHEMA:
             raise ValueError(
                 f"schema is {record.get('schema')!r}; this reads {SCHEMA!r}"
@@ -108,7 +121,32 @@ class Verdict:
         for row in record["criteria"]:
             if lacking := sorted(_ROW_KEYS - set(row)):
                 raise ValueError(f"criterion {row.get('name')} lacks {lacking}")
-        return cls(record)
+        return cls(record, seconds)
+
+    @classmethod
+    def from_output(cls, output: Mapping[str, Any]) -> Verdict | None:
+        """Take a verdict out of a notebook's output.
+
+        Parameters
+        ----------
+        output
+            An entry of a cell's `outputs`.
+
+        Returns
+        -------
+        Verdict or None
+            None if the output is something else.
+
+        Raises
+        ------
+        ValueError
+            If it says that it is a verdict and is not.
+        """
+        data = output.get("data", {})
+        if MIME not in data:
+            return None
+        about = output.get("metadata", {}).get(MIME, {})
+        return cls.from_json(data[MIME], about.get("seconds"))
 
     @property
     def verdict(self) -> str:
@@ -155,14 +193,16 @@ class Verdict:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return box(self.record)
+        return box(self.record, self.seconds)
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        return {
+        data = {
             "text/plain": repr(self),
             "text/html": self._repr_html_(),
             MIME: self.record,
         }
+        took = {} if self.seconds is None else {"seconds": self.seconds}
+        return data, {MIME: took} if took else {}
 
 
 def effect_text(row: Mapping[str, Any]) -> str:
@@ -257,13 +297,15 @@ _ROLES = {"evidence": "The rule", "control": "The control",
           "shown": "Shown, decides nothing"}
 
 
-def box(record: Mapping[str, Any]) -> str:
+def box(record: Mapping[str, Any], seconds: float | None = None) -> str:
     """Draw a verdict's record as HTML.
 
     Parameters
     ----------
     record
         A verdict's JSON form.
+    seconds
+        Wall time of the experiment; left out of the box if not known.
 
     Returns
     -------
@@ -275,7 +317,8 @@ def box(record: Mapping[str, Any]) -> str:
     meta = [f"{record['scale']} scale", f"{record['n']} replicates"]
     if record["amended"]:
         meta.append("rule amended")
-    meta.append(f"{record['seconds']:.0f} s")
+    if seconds is not None:
+        meta.append(f"{seconds:.0f} s")
     first = "".join(map(_line, headline(record)))
     notes = [("Control " + record["control"]["outcome"],
               record["control"]["statement"])]

@@ -308,6 +308,7 @@ class Claim:
             },
             "n": len(seeds),
             "seeds": seeds,
+            "seconds": None,  # measured, so kept beside the record
             "versions": _versions(),
             "registration": self.hash,
             "amended": self.amended,

@@ -72,8 +72,8 @@ class Verdict:
     record : dict
         The JSON form: `schema`, `claim`, `paper`, `statement`, `verdict`,
         `reversed`, `qualifier`, `scale`, `criteria`, `control`, `n`, `seeds`,
-        `versions`, `registration`, `amended`, `deviations`. The same
-        evidence gives the same record, bit for bit.
+        `seconds` (null), `versions`, `registration`, `amended`, `deviations`.
+        The same evidence gives the same record, bit for bit.
     seconds : float or None
         Wall time of the experiment. It is not part of the record, and two
         verdicts that differ in nothing else are equal.
@@ -107,7 +107,8 @@ class Verdict:
         """
         record = json.loads(data) if isinstance(data, str) else dict(data)
         if record.get("schema") == _FIRST:
-            record["schema"], seconds = SCHEMA, record.pop("seconds", seconds)
+            record["schema"], seconds = SCHEMA, record.get("seconds", seconds)
+        record["seconds"] = None
         if record.get("schema") != SCHEMA:
             raise ValueError(
                 f"schema is {record.get('schema')!r}; this reads {SCHEMA!r}"

@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -371,7 +370,10 @@ class ForkServer:
     """
 
     def __init__(self, modules=(), later=(), threads: int = 1):
-        self.folder = Path(tempfile.mkdtemp(prefix="reappraisal-"))
+        from reappraisal.protocol.cache import Scratch
+
+        self._scratch = Scratch("kernels")
+        self.folder = self._scratch.path
         first = ["ipykernel.kernelapp", "ipykernel.ipkernel"]
         names = json.dumps([[*first, *modules], list(later)])
         here = find_spec("reappraisal.protocol.kernels").origin
@@ -516,7 +518,7 @@ class ForkServer:
                 end()
         self.process.wait()
         self._gone = True
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._scratch.remove()
 
 
 def _lines(stream):

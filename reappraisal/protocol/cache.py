@@ -256,13 +256,10 @@ class Scratch:
     """
 
     def __init__(self, kind: str):
-        prefix = f"reappraisal-{kind}-"
-        if fcntl is not None:
-            for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-                self._sweep(left)
+        self.sweep(kind)
         self.descriptor = None
         while self.descriptor is None:
-            self.path = Path(tempfile.mkdtemp(prefix=prefix))
+            self.path = Path(tempfile.mkdtemp(prefix=f"reappraisal-{kind}-"))
             self._hold()
 
     def __repr__(self) -> str:
@@ -281,12 +278,17 @@ class Scratch:
                 os.close(descriptor)
 
     @staticmethod
-    def _sweep(left: Path) -> None:
-        with suppress(OSError), _no_link(left) as descriptor:
-            found = os.fstat(descriptor)
-            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
+    def sweep(kind: str) -> None:
+        """Remove those of a kind whose owners are dead."""
+        if fcntl is None:
+            return
+        everywhere = Path(tempfile.gettempdir())
+        for left in everywhere.glob(f"reappraisal-{kind}-*"):
+            with suppress(OSError), _no_link(left) as descriptor:
+                found = os.fstat(descriptor)
+                if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
 
     def remove(self) -> None:
         """Remove it, with all that is in it."""

@@ -241,7 +241,8 @@ def serve(modules: list[str], later: list[str], folder: str) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     door = socket.socket(socket.AF_UNIX)
-    door.bind(f"{folder}/door")
+    os.chdir(folder)  # the whole path may be too long for a socket
+    door.bind("door")
     door.listen()
     clients, orphans, waiting = [owner], set(), deque(later)
     try:

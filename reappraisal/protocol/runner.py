@@ -232,9 +232,9 @@ class Here:
 # %% ../../nbs/protocol/runner.ipynb #67bdff74
 def run_on_worker(job: Job, topic: str) -> Result:
     """What a Dask worker does with a job."""
-    from distributed import get_worker
+    from distributed import Status, get_worker
 
-    worker = get_worker()
+    worker, ends = get_worker(), (Status.closing, Status.closed, Status.failed)
 
     def tell(event: dict) -> None:
         worker.log_event(topic, event | {"label": job.label})
@@ -244,7 +244,8 @@ def run_on_worker(job: Job, topic: str) -> Result:
     def end_if_unwanted() -> None:
         while not over.wait(1):
             task = worker.state.tasks.get(job.label)
-            if task is None or task.state in ("cancelled", "resumed"):
+            unwanted = task is None or task.state in ("cancelled", "resumed")
+            if unwanted or worker.status in ends:
                 stop_jobs(job.label)
 
     threading.Thread(target=end_if_unwanted, daemon=True).start()
@@ -253,6 +254,19 @@ def run_on_worker(job: Job, topic: str) -> Result:
         return execute(job, tell)
     finally:
         over.set()
+
+
+def _carried(job: Job, topic: str) -> Callable[[], dict]:
+    """A job as a function that a process without the package can read."""
+    values = dict(vars(job))
+
+    def run() -> dict:
+        from reappraisal.protocol.execute import Job
+        from reappraisal.protocol.runner import run_on_worker
+
+        return dict(vars(run_on_worker(Job(**values), topic)))
+
+    return run
 
 
 class OnDask:
@@ -283,7 +297,10 @@ class OnDask:
         threads: int | None = None,
         libraries: Iterable[str] = (),
     ):
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        import distributed
+
+        for logger in (distributed, distributed.client):
+            logging.getLogger(logger.__name__).setLevel(logging.CRITICAL)
         self.topic = f"{PACKAGE}-{secrets.token_hex(8)}"
         self.address, self.threads = scheduler, threads
         self.cluster, self.server = None, None
@@ -306,7 +323,7 @@ class OnDask:
 
         self.threads = self.threads or max(core_count() // workers, 1)
         self._counted = (0.0, workers, workers)
-        folder = Scratch("dask")
+        folder = Scratch("workers")
         self._leave.callback(folder.remove)
         if hasattr(os, "fork"):
             self.server = ForkServer(libraries, (), self.threads)
@@ -416,9 +433,7 @@ class OnDask:
         self._tells[job.label] = tell
         needs = {"GPU": 1} if job.gpu and self.cluster is None else None
         future = self.client.submit(
-            run_on_worker,
-            job,
-            self.topic,
+            _carried(job, self.topic),
             pure=False,
             key=job.label,
             resources=needs,
@@ -427,7 +442,7 @@ class OnDask:
 
         def finished(future) -> None:
             try:
-                result = future.result()
+                result = Result(**future.result())
             except BaseException as error:
                 result = error
             self._futures.pop(job.label, None)
@@ -602,6 +617,8 @@ class Run:
             When interrupted, after every kernel has ended. `outcomes` has
             those chapters that were finished.
         """
+        for kind in ("kernels", "workers"):
+            Scratch.sweep(kind)
         first, last = self._prepare(chapters)
         try:
             self._work_through(first)
@@ -685,9 +702,9 @@ class Run:
             option = " --resources GPU=1" if gpu else ""
             if gpu not in self._nobody:
                 self._nobody[gpu] = now
-                text = f"waits for a worker{kind} at {where}"
-                for task in tasks:
-                    self._say(task, text)
+                more = f" (with {len(tasks) - 1} others)" if tasks[1:] else ""
+                text = f"waits for a worker{kind} at {where}{more}"
+                self._say(tasks[0], text)
             if now - self._nobody[gpu] > self.patience:
                 self._drop(tasks, {"name": "NoWorker", "message": (
                     f"no worker{kind} at {where} within {self.patience:g} s; "

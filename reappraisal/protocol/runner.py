@@ -319,7 +319,6 @@ class OnDask:
     def _begin(self, workers: int, libraries: Iterable[str]) -> None:
         """Start a cluster of our own."""
         import dask
-        from distributed import LocalCluster
 
         self.threads = self.threads or max(core_count() // workers, 1)
         self._counted = (0.0, workers, workers)
@@ -328,18 +327,31 @@ class OnDask:
         if hasattr(os, "fork"):
             self.server = ForkServer(libraries, (), self.threads)
             self._leave.callback(self.server.close)
-        with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
-            self.cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                processes=True,
-                memory_limit=0,
-                dashboard_address=None,
-                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-                silence_logs=logging.CRITICAL,
-                local_directory=str(folder.path),
-            )
+        own = {
+            "distributed.scheduler.allowed-failures": 0,
+            "temporary-directory": str(folder.path),
+        }
+        with dask.config.set(own):
+            try:
+                self.cluster = self._cluster(workers, folder)
+            except RuntimeError:  # a worker died as it was born: once more
+                self.cluster = self._cluster(workers, folder)
         self._leave.callback(self._end_cluster)
+
+    @staticmethod
+    def _cluster(workers: int, folder: Scratch):
+        from distributed import LocalCluster
+
+        return LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+            silence_logs=logging.CRITICAL,
+            local_directory=str(folder.path),
+        )
 
     def _end_cluster(self) -> None:
         with suppress(Exception):

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 import uuid
+from contextlib import suppress
 
 import pytest
 from tiny_book import CHECKOUT, COMMAND, TinyBook
@@ -175,6 +176,7 @@ def kill_server(scene, run):
 
 
 def kill_worker(scene, run):
+    scene.pick("fork_server", run, kernel=True)
     scene.pick("spawn_main", run).kill()
 
 
@@ -261,35 +263,38 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 
 
-def play(scene, fault, workers):
-    """One round; whether the fault happened."""
+def play(scene, faults, workers):
+    """One round with one fault or more; those that happened."""
     scene.change()
-    options = {"start_new_session": True}
-    if fault is fill_disk and scene.disk is None:  # no room for any file
+    options, happened = {"start_new_session": True}, []
+    if fill_disk in faults and scene.disk is None:  # no room for any file
         options["preexec_fn"] = small_files
+        happened.append(fill_disk)
     run = scene.start("--workers", workers, **options)
-    try:
-        if "preexec_fn" not in options:
-            fault(scene, run)
-        happened = True
-    except Missed:
-        happened = False
+    for fault in faults:
+        if fault not in happened:
+            with suppress(Missed, psutil.NoSuchProcess):
+                fault(scene, run)
+                happened.append(fault)
     out, _ = run.communicate(timeout=90)
     assert run.returncode in (0, 1, 130, 143, -9), out
     assert "Traceback" not in out
     if scene.disk is not None:
         (scene.disk / "ballast").unlink(missing_ok=True)
-    if fault is not kill_runner:
+    if kill_runner not in happened:
         wait_until(lambda: not list(scene.tmp.iterdir()), 5)
     scene.settle()
     return happened
 
 
-def inject(scene, fault, workers):
+def inject(scene, faults, workers):
+    """Rounds until each fault has happened."""
     for _ in range(6):
-        if play(scene, fault, workers):
+        happened = play(scene, faults, workers)
+        faults = [fault for fault in faults if fault not in happened]
+        if not faults:
             return
-    pytest.fail(f"{fault.__name__} never happened")
+    pytest.fail(f"never happened: {faults}")
 
 
 @pytest.fixture(scope="module")
@@ -302,13 +307,16 @@ def scene(tmp_path_factory, disk):
     if disk is not None:
         scene.disk = disk
     yield scene
-    play(scene, lambda scene, run: None, 1)
+    play(scene, [], 1)
     assert not list(scene.tmp.iterdir())  # what was killed is cleaned up
 
 
-@pytest.mark.parametrize("fault", LOCAL, ids=lambda f: f.__name__)
-def test_fault(scene, fault):
-    inject(scene, fault, 2 if fault is kill_worker else 1)
+@pytest.mark.parametrize("faults", [
+    [kill_kernel, harm_entry], [change_module, kill_server],
+    [second_runner, kill_runner], [fill_disk, interrupt], [kill_worker],
+], ids=lambda faults: "-".join(fault.__name__ for fault in faults))
+def test_faults(scene, faults):
+    inject(scene, faults, 2 if kill_worker in faults else 1)
 
 
 @pytest.mark.slow
@@ -326,8 +334,8 @@ def test_many_faults(tmp_path_factory, disk, turn):
     scene.rng.shuffle(faults)
     for fault in faults:
         two = fault is kill_worker or scene.rng.random() < 0.3
-        inject(scene, fault, 2 if two else 1)
-    play(scene, lambda scene, run: None, 1)
+        inject(scene, [fault], 2 if two else 1)
+    play(scene, [], 1)
     assert not list(scene.tmp.iterdir())
     if store is not None:
         shutil.rmtree(store)
@@ -443,10 +451,8 @@ def play_far(scene, fault):
     pytest.fail(f"{fault.__name__} never happened")
 
 
-@pytest.mark.parametrize("fault", [far_worker, far_scheduler],
-                         ids=lambda f: f.__name__)
-def test_fault_on_a_cluster(far, fault):
-    play_far(far, fault)
+def test_a_fault_on_a_cluster(far):
+    play_far(far, far_worker)
 
 
 @pytest.mark.slow

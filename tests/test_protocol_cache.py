@@ -94,13 +94,14 @@ def test_a_disk_that_is_really_full(small_disk):
 
 
 def test_parts_of_dead_processes_are_swept_up(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for pid in (dead.pid, os.getpid()):
-        (tmp_path / f".x.result.{pid}.abcd.part").write_text("half")
+    part, descriptor = cache._open_part(tmp_path / "x.result")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / ".0123.part").write_text("half")
     cache.Store(tmp_path)
-    left = [p.name for p in tmp_path.glob(".*.part")]
-    assert left == [f".x.result.{os.getpid()}.abcd.part"]
+    assert list(tmp_path.rglob(".*.part")) == [part]
+    os.close(descriptor)  # as when its writer dies
+    cache.Store(tmp_path)
+    assert not list(tmp_path.rglob(".*.part"))
 
 
 def test_a_lock_dies_with_its_holder(tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_book import CHECKOUT, TinyBook, alive
 from reappraisal.protocol import execute as e
 from reappraisal.protocol import kernels as k
 from reappraisal.protocol.book import parameters_of, read_notebook
+from reappraisal.protocol.cache import Scratch
 from reappraisal.protocol.provenance import provenance
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cannot fork")
@@ -138,6 +140,16 @@ def test_a_crash_leaves_its_last_words(book):
     assert "Segmentation fault" in result.error["words"]
 
 
+def test_a_temporary_folder_with_a_long_name(book, tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    e.close_servers()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    result = e.execute(job(book.add("a/b", "print(1)")))
+    e.close_servers()
+    assert texts(result) == ["1\n"] and not list(long.iterdir())
+
+
 def test_a_job_for_other_versions_is_refused(book):
     from dataclasses import replace
 
@@ -175,7 +187,8 @@ def test_kernels_end_when_their_owner_is_killed(tmp_path, victim):
             wait_until(lambda: not os.path.exists(folder))
         owner.kill()
     if victim == "server":
-        subprocess.run(["rm", "-r", folder], check=True)
+        Scratch.sweep("kernels")
+        assert not os.path.exists(folder)
 
 
 def test_a_server_that_has_gone_is_replaced(book):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -48,15 +49,28 @@ def find_root(start: str | Path | None = None) -> Path:
 # %% ../../nbs/protocol/book.ipynb #8632d68f
 @dataclass(frozen=True, order=True)
 class Chapter:
-    """One notebook of the book, `room/slug`."""
+    """One notebook of the book, `room/slug`, or a `file` from elsewhere."""
 
     name: str
     root: Path
+    file: Path | None = None
 
     @property
     def path(self) -> Path:
         """Its notebook."""
-        return self.root / "nbs" / f"{self.name}.ipynb"
+        return self.file or self.root / "nbs" / f"{self.name}.ipynb"
+
+    @property
+    def label(self) -> Path:
+        """Its notebook as messages name it: from the root on, if it can be."""
+        inside = self.path.is_relative_to(self.root)
+        return self.path.relative_to(self.root) if inside else self.path
+
+    @property
+    def foreign(self) -> bool:
+        """Whether its notebook lies, links followed, outside the book."""
+        book = (self.root / "nbs").resolve()
+        return not self.path.resolve().is_relative_to(book)
 
     @property
     def room(self) -> str:
@@ -127,7 +141,8 @@ def select(root: str | Path, names=()) -> list[Chapter]:
         The checkout.
     names : iterable of str
         Rooms (`theory`), chapters (`theory/width`), slugs that only one room
-        has (`edge-of-chaos`) or paths; none means the whole book.
+        has (`edge-of-chaos`) or paths of notebooks, which need not be the
+        book's; none means the whole book.
 
     Returns
     -------
@@ -154,13 +169,25 @@ def select(root: str | Path, names=()) -> list[Chapter]:
             found.update(in_room)
         elif len(same_slug) == 1:
             found.add(same_slug[0])
+        elif given.endswith(".ipynb") and Path(given).is_file():
+            found.add(_by_path(Path(root), Path(given).resolve(), by_name))
         elif same_slug:
             rooms = ", ".join(c.name for c in same_slug)
             raise UnknownName(f"'{given}' is in several rooms: {rooms}")
         else:
             words = {w for c in everything for w in (c.name, c.room, c.slug)}
             raise UnknownName.of("chapter or room", name, words - {""})
-    return sorted(found)
+    return sorted(found, key=lambda chapter: chapter.name)
+
+
+def _by_path(root: Path, path: Path, by_name: dict) -> Chapter:
+    nbs = (root / "nbs").resolve()
+    if path.is_relative_to(nbs):
+        name = path.relative_to(nbs).with_suffix("").as_posix()
+        if name in by_name:
+            return by_name[name]
+    mark = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    return Chapter(f"foreign/{path.stem}-{mark}", root, path)
 
 # %% ../../nbs/protocol/book.ipynb #77da092a
 class BadNotebook(ValueError):

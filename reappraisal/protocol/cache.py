@@ -11,7 +11,10 @@ import json
 import os
 import re
 import secrets
-from contextlib import suppress
+import shutil
+import stat
+import tempfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +24,61 @@ except ImportError:  # Windows: no locks; writes are whole all the same
     fcntl = None
 
 # %% auto #0
-__all__ = ['SCHEMA', 'StorageFull', 'write_whole', 'Damaged', 'Entry', 'pack', 'unpack', 'Lock', 'Store', 'process_lives']
+__all__ = ['SCHEMA', 'StorageFull', 'sweep_parts', 'write_whole', 'Damaged', 'Entry', 'pack', 'unpack', 'Lock', 'Scratch',
+           'Untrusted', 'Store']
 
 # %% ../../nbs/protocol/cache.ipynb #2f8410d6
 class StorageFull(OSError):
     """The disk (or the quota) has no room for a result."""
+
+
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def _open_part(path: Path) -> tuple[Path, int]:
+    """A new file beside `path`, locked for as long as it is open."""
+    while True:
+        part = path.with_name(f".{secrets.token_hex(8)}.part")
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        if fcntl is None:
+            return part, descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.exists(part):
+                return part, descriptor
+            os.close(descriptor)  # taken for a dead one's: once more
+        except BaseException:
+            os.close(descriptor)
+            part.unlink(missing_ok=True)
+            raise
+
+
+def sweep_parts(folder: str | Path) -> None:
+    """Remove what writers left that died half way.
+
+    A writer holds a lock on the file that it writes, which the system
+    releases when it dies.
+
+    Parameters
+    ----------
+    folder : path
+        Searched with the folders in it; links are not followed.
+    """
+    if fcntl is None:
+        return
+    for part in Path(folder).rglob(".*.part"):
+        with suppress(OSError), _no_link(part) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+
+
+@contextmanager
+def _no_link(path: Path):
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -44,23 +97,22 @@ def write_whole(path: str | Path, data: bytes) -> None:
         If there is no room. Nothing is left behind, and a file that was
         there before is as it was.
     """
-    path = Path(path)
-    name = f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
-    part = path.with_name(name)
+    path, part = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        part, descriptor = _open_part(path)
+        with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            part.chmod(path.stat().st_mode)
-        os.replace(part, path)
+            if path.exists():
+                part.chmod(path.stat().st_mode)
+            os.replace(part, path)
     except BaseException as error:
         with suppress(OSError):
-            part.unlink()
-        full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-        if isinstance(error, OSError) and error.errno in full:
+            if part is not None:
+                part.unlink()
+        if isinstance(error, OSError) and error.errno in _FULL:
             raise StorageFull(
                 error.errno,
                 f"no room left on the disk for {path} ({len(data):,} bytes); "
@@ -130,7 +182,7 @@ def unpack(data: bytes, key: str) -> Entry:
         said = json.loads(head)
         size, checksum = said["size"], said["sha256"]
         schema = said["schema"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Damaged("its first line is not a description") from None
     if schema != SCHEMA:
         raise Damaged(f"it is written as {schema!r}; {SCHEMA!r} is read")
@@ -139,9 +191,13 @@ def unpack(data: bytes, key: str) -> Entry:
     if hashlib.sha256(body).hexdigest() != checksum:
         raise Damaged("its checksum is wrong")
     line, _, notebook = body.partition(b"\n")
-    record = json.loads(line)
-    if record.get("key") != key:
-        raise Damaged(f"it belongs to key {str(record.get('key'))[:12]}")
+    try:
+        record = json.loads(line)
+        owner = record["key"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise Damaged("it has no record") from None
+    if owner != key:
+        raise Damaged(f"it belongs to key {str(owner)[:12]}")
     return Entry(record, notebook)
 
 # %% ../../nbs/protocol/cache.ipynb #219a8db8
@@ -162,11 +218,22 @@ class Lock:
     @classmethod
     def take(cls, path: Path) -> Lock | None:
         """Take the right if nobody has it, else None, without waiting."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return cls._take(path)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            message = f"no room left on the disk for {path}"
+            raise StorageFull(error.errno, message) from None
+
+    @classmethod
+    def _take(cls, path: Path) -> Lock | None:
         if fcntl is None:
             return cls(path, None)
+        how = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = os.open(path, how, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(descriptor).st_ino == path.stat().st_ino:
@@ -178,7 +245,63 @@ class Lock:
                 pass  # its last holder removed it in between: once more
             os.close(descriptor)
 
+# %% ../../nbs/protocol/cache.ipynb #fb8172ea
+class Scratch:
+    """A temporary folder that is removed with its owner, or by the next.
+
+    Parameters
+    ----------
+    kind : str
+        Part of its name, `reappraisal-KIND-...`.
+    """
+
+    def __init__(self, kind: str):
+        self.sweep(kind)
+        self.descriptor = None
+        while self.descriptor is None:
+            self.path = Path(tempfile.mkdtemp(prefix=f"reappraisal-{kind}-"))
+            self._hold()
+
+    def __repr__(self) -> str:
+        return f"Scratch({self.path})"
+
+    def _hold(self) -> None:
+        if fcntl is None:
+            self.descriptor = -1
+            return
+        with suppress(OSError):  # a sweeper was quicker: once more
+            descriptor = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if self.path.exists():
+                self.descriptor = descriptor
+            else:
+                os.close(descriptor)
+
+    @staticmethod
+    def sweep(kind: str) -> None:
+        """Remove those of a kind whose owners are dead."""
+        if fcntl is None:
+            return
+        everywhere = Path(tempfile.gettempdir())
+        for left in everywhere.glob(f"reappraisal-{kind}-*"):
+            with suppress(OSError), _no_link(left) as descriptor:
+                found = os.fstat(descriptor)
+                if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove it, with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self.descriptor not in (None, -1):
+            os.close(self.descriptor)
+        self.descriptor = None
+
 # %% ../../nbs/protocol/cache.ipynb #6a41d463
+class Untrusted(OSError):
+    """A store with a link in it, which none of ours has."""
+
+
 class Store:
     """Executed notebooks by key, and what is left of those that failed.
 
@@ -186,16 +309,38 @@ class Store:
     ----------
     folder : path
         Made if missing.
+
+    Raises
+    ------
+    Untrusted
+        If there is a link in it; every method raises that, too.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / ".gitignore").exists():
-            write_whole(self.folder / ".gitignore", b"*\n")
-        for part in self.folder.rglob(".*.part"):
-            if not process_lives(int(part.name.split(".")[-3])):
-                with suppress(OSError):
-                    part.unlink()
+        mark = self._place(".gitignore")
+        if not mark.exists():
+            write_whole(mark, b"*\n")
+        for path in self.folder.rglob("*"):
+            if path.is_symlink():
+                self._refuse(path)
+        sweep_parts(self.folder)
+
+    def _place(self, *parts: str) -> Path:
+        """A place in the folder that no link on the way leads out of."""
+        path = self.folder
+        for part in parts:
+            path = path / part
+            if path.is_symlink():
+                self._refuse(path)
+        return path
+
+    def _refuse(self, path: Path) -> None:
+        raise Untrusted(
+            f"the store of results {self.folder} holds a link, "
+            f"{path.relative_to(self.folder)}, which was not made by "
+            "reappraisal and may lead anywhere; remove it"
+        )
 
     def __repr__(self) -> str:
         count = sum(1 for _ in (self.folder / "results").rglob("*.result"))
@@ -205,7 +350,7 @@ class Store:
         """Where the entry of a key is kept."""
         if not re.fullmatch(r"[0-9a-f]{64}", key):
             raise ValueError(f"key {key!r}; 64 hexadecimal digits are a key")
-        return self.folder / "results" / key[:2] / f"{key}.result"
+        return self._place("results", key[:2], f"{key}.result")
 
     def get(self, key: str) -> Entry | None:
         """Fetch an entry.
@@ -226,15 +371,20 @@ class Store:
             return unpack(path.read_bytes(), key)
         except FileNotFoundError:
             return None
-        except Damaged as error:
-            aside = self.folder / "damaged" / path.name
-            aside.parent.mkdir(exist_ok=True)
-            with suppress(FileNotFoundError):
-                os.replace(path, aside)
-            raise Damaged(
-                f"the stored result {path} is damaged ({error}); it was "
-                f"moved to {aside.parent}"
-            ) from None
+        except (Damaged, IsADirectoryError) as error:
+            raise self.set_aside(key, str(error)) from None
+
+    def set_aside(self, key: str, why: str) -> Damaged:
+        """Move an entry out of the way; the error that says so."""
+        path = self.path(key)
+        aside = self._place("damaged", path.name)
+        aside.parent.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(path, aside)
+        return Damaged(
+            f"the stored result {path} is damaged ({why}); it was "
+            f"moved to {aside.parent}"
+        )
 
     def put(self, key: str, record: dict, notebook: bytes) -> None:
         """Store an entry; the last one to do so wins."""
@@ -242,41 +392,41 @@ class Store:
 
     def lock(self, key: str) -> Lock | None:
         """Take the right to compute a key, or None if another has it."""
-        return Lock.take(self.folder / "locks" / self.path(key).stem)
+        return Lock.take(self._place("locks", self.path(key).stem))
 
     def failure_path(self, chapter: str) -> Path:
         """Where a failed chapter's notebook is kept to look at."""
-        return self.folder / "failed" / f"{chapter}.ipynb"
+        parts = f"{chapter}.ipynb".split("/")
+        bad = any(part in ("", ".", "..", ".ipynb") for part in parts)
+        if bad or "\\" in chapter or "\0" in chapter:
+            raise ValueError(
+                f"chapter {chapter!r}; names with a slash between them, as "
+                "in room/slug, are accepted"
+            )
+        return self._place("failed", *parts)
 
     def failed(self, chapter: str) -> dict | None:
         """The record of a chapter's last failure, if there is one."""
-        path = self.failure_path(chapter).with_suffix(".json")
+        path = self._failure_record(chapter)
         try:
             return json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
+
+    def _failure_record(self, chapter: str) -> Path:
+        path = self.failure_path(chapter).with_suffix(".json")
+        return self._place(*path.relative_to(self.folder).parts)
 
     def put_failure(self, chapter: str, record: dict, notebook: bytes) -> Path:
         """Keep a failed chapter's notebook, as far as it got."""
         path = self.failure_path(chapter)
         write_whole(path, notebook)
         text = json.dumps(record, indent=1).encode()
-        write_whole(path.with_suffix(".json"), text)
+        write_whole(self._failure_record(chapter), text)
         return path
 
     def clear_failure(self, chapter: str) -> None:
         """Forget a chapter's failure, since it succeeded."""
-        path = self.failure_path(chapter)
-        for file in (path, path.with_suffix(".json")):
+        for file in (self.failure_path(chapter), self._failure_record(chapter)):
             file.unlink(missing_ok=True)
 
-
-def process_lives(pid: int) -> bool:
-    """Whether a process of this number exists on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -63,7 +63,7 @@ def usage_errors():
     """Turn errors of the user's making into one line and exit code 2."""
     try:
         yield
-    except (UnknownName, FileNotFoundError, ConnectionError) as error:
+    except (UnknownName, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
 
@@ -238,8 +238,29 @@ def _interrupt_on_sigterm() -> dict:
         caught["signal"] = number
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", 0)):
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
     return caught
+
+
+def _size(text: str | None) -> int | None:
+    from reappraisal.protocol.memory import parse_size
+
+    try:
+        return parse_size(text) if text else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _ask_for_trust(chapters, trust: bool) -> None:
+    for chapter in chapters:
+        if chapter.foreign and not trust:
+            raise UnknownName(
+                f"{chapter.path.resolve()} is not in the book at "
+                f"{chapter.root}: to run it is to execute whatever is in it, "
+                "with your rights; read it, then run it with --trust"
+            )
 
 
 def _given(scale: str, pairs) -> dict:
@@ -310,6 +331,25 @@ def run(
     retries: Annotated[
         int, typer.Option(min=0, help="New attempts after a kernel died.")
     ] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", callback=_size,
+            help="Stop a chapter that takes more, such as 2GB.",
+        ),
+    ] = None,
+    patience: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Seconds to wait for a worker that fits a chapter."
+        ),
+    ] = 60,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust", help="Run notebooks that are not in the book, too."
+        ),
+    ] = False,
     root: Root = None,
     cache: Cache = None,
     as_json: AsJson = False,
@@ -327,7 +367,8 @@ def run(
             )
         root = find_root(root)
         chapters = select(root, names or ())
-    store = open_store(root, cache)
+        _ask_for_trust(chapters, trust)
+        store = open_store(root, cache)
     if stale:
         chapters = [
             chapter
@@ -345,6 +386,8 @@ def run(
         retries=retries,
         force=force,
         write=write,
+        memory=memory,
+        patience=patience,
     )
     progress = Progress(len(chapters), as_json, given["scale"])
     runner.tell = progress
@@ -422,6 +465,12 @@ def verify(
         float | None,
         typer.Option(min=0.1, help="Seconds for the cells of a chapter."),
     ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust", help="Run notebooks that are not in the book, too."
+        ),
+    ] = False,
     root: Root = None,
     cache: Cache = None,
     as_json: AsJson = False,
@@ -434,7 +483,8 @@ def verify(
             raise UnknownName.of("scale", scale, SCALES)
         root = find_root(root)
         chapters = select(root, names)
-    store, code = open_store(root, cache), 0
+        _ask_for_trust(chapters, trust)
+        store, code = open_store(root, cache), 0
     caught = _interrupt_on_sigterm()
     for chapter in chapters:
         with usage_errors():

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from reappraisal.protocol.book import (
     Chapter,
     code_cells,
     has_tag,
+    read_notebook,
 )
 from reappraisal.protocol.kernels import (
     ForkServer,
@@ -33,16 +34,18 @@ from reappraisal.protocol.kernels import (
     kernel_environment,
     kernel_manager,
 )
+from .memory import Limit, show_size
 from reappraisal.protocol.provenance import (
     PACKAGE,
     Provenance,
+    provenance,
     versions,
 )
 from .records import hardware
 
 # %% auto #0
-__all__ = ['Job', 'preload', 'make_job', 'unpack_job', 'Result', 'notebook_bytes', 'clean_outputs', 'put_outputs', 'Session',
-           'warm_server', 'close_servers', 'stop_jobs', 'execute', 'machine', 'versions_here']
+__all__ = ['Job', 'preload', 'needs_gpu', 'make_job', 'unpack_job', 'key_of', 'Result', 'notebook_bytes', 'clean_outputs',
+           'put_outputs', 'Session', 'warm_server', 'close_servers', 'stop_jobs', 'execute', 'machine', 'versions_here']
 
 # %% ../../nbs/protocol/execute.ipynb #94768cf1
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Job:
     timeout: float | None = None
     label: str = ""
     server: str = ""
+    memory: int | None = None
+    gpu: bool = False
 
     def __repr__(self) -> str:
         return f"Job({self.chapter}, {self.key[:12]}, {len(self.files)} files)"
@@ -92,6 +97,11 @@ def preload(libraries) -> tuple[str, ...]:
     return tuple(sorted(rank, key=rank.get))
 
 
+def needs_gpu(provenance: Provenance) -> bool:
+    """Whether a chapter's parameter `device` names a GPU."""
+    return str(provenance.parameters.get("device")).startswith("cuda")
+
+
 def make_job(
     chapter: Chapter,
     provenance: Provenance,
@@ -101,6 +111,7 @@ def make_job(
     timeout: float | None = None,
     label: str = "",
     server: str = "",
+    memory: int | None = None,
 ) -> Job:
     """Pack a chapter with all that its key covers.
 
@@ -122,6 +133,8 @@ def make_job(
     server : str
         Folder of a fork server on the worker's machine to share, if there
         is one.
+    memory : int, optional
+        Bytes that the kernel and what it starts may take.
 
     Returns
     -------
@@ -150,6 +163,8 @@ def make_job(
         timeout=timeout,
         label=label,
         server=server,
+        memory=memory,
+        gpu=needs_gpu(provenance),
     )
 
 # %% ../../nbs/protocol/execute.ipynb #84382f37
@@ -179,9 +194,30 @@ def unpack_job(job: Job, folder: Path) -> Path:
             raise ValueError(f"the job's file '{name}' leads out of its folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    room = folder / "nbs" / Path(job.chapter).parent
+    room = (folder / "nbs" / Path(job.chapter).parent).resolve()
+    if not room.is_relative_to(folder):
+        raise ValueError(f"the job's chapter '{job.chapter}' leads out of it")
     room.mkdir(parents=True, exist_ok=True)
     return room
+
+# %% ../../nbs/protocol/execute.ipynb #c7824d61
+def key_of(job: Job, folder: Path) -> str:
+    """The key of what a job's folder holds.
+
+    Parameters
+    ----------
+    job : Job
+    folder : Path
+        Where it was unpacked.
+
+    Returns
+    -------
+    str
+        `job.key`, unless the job is not what it says.
+    """
+    chapter = Chapter(job.chapter, folder)
+    book = read_notebook(job.chapter, job.notebook)
+    return provenance(chapter, job.parameters, book).key
 
 # %% ../../nbs/protocol/execute.ipynb #2bf07d09
 @dataclass(frozen=True)
@@ -189,9 +225,9 @@ class Result:
     """What became of a job.
 
     `status` is `ok`; `error` (a cell raised); `timeout`; `died` (the kernel
-    did, and it may be worth another try); `full` (no room on the worker's
-    disk) or `refused` (the worker is not fit for the job). `error` says where
-    and what.
+    did, and it may be worth another try); `memory` (it took more than it may);
+    `full` (no room on the worker's disk) or `refused` (the worker is not fit
+    for the job). `error` says where and what.
     """
 
     status: str
@@ -292,9 +328,10 @@ def put_outputs(notebook: bytes, executed: dict, folder: str) -> bytes:
 class Session:
     """What a run and its papermill engine tell each other."""
 
-    def __init__(self, manager, room: Path, timeout: float | None, tell):
+    def __init__(self, manager, room: Path, job: Job, tell):
         self.manager, self.room, self.tell = manager, room, tell
-        self.timeout, self.deadline = timeout, None
+        self.job, self.timeout, self.deadline = job, job.timeout, None
+        self.limit: Limit | None = None
         self.executed: dict | None = None
         self.cell = -1
         self.seconds = 0.0
@@ -304,6 +341,14 @@ class Session:
         if self.deadline is None:
             return None
         return max(self.deadline - time.monotonic(), 0.01)
+
+    def watch(self):
+        """Hold the kernel to its memory, where it has a limit."""
+        if self.job.memory is None:
+            return nullcontext()
+        pid = self.manager.provisioner.pid
+        self.limit = Limit(pid, self.job.memory)
+        return self.limit
 
     def begin(self, cell, cell_index: int) -> None:
         """Note the cell that is about to run."""
@@ -337,7 +382,7 @@ def _engine() -> str:
                 log=logging.getLogger("papermill"),
             )
             client.owns_km = True
-            with client.setup_kernel(env=options["env"]):
+            with client.setup_kernel(env=options["env"]), session.watch():
                 began = time.monotonic()
                 if session.timeout:
                     session.deadline = began + session.timeout
@@ -428,6 +473,14 @@ def _what_went_wrong(error: Exception, session: Session) -> tuple[str, dict]:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    limit = session.limit
+    if limit is not None and limit.reached:
+        message = (
+            f"{session.job.chapter} reached {show_size(limit.reached)} of "
+            f"memory, more than its limit of {show_size(limit.limit)}, and "
+            "was stopped (--memory sets the limit)"
+        )
+        return "memory", {"name": "MemoryLimit", "message": message}
     process = _process(session)
     words = process.last_words() if process else ""
     if isinstance(error, PapermillExecutionError):
@@ -483,17 +536,22 @@ def execute(job: Job, tell=None) -> Result:
     if here:
         error = {"name": "WrongVersions", "message": here}
         return Result("refused", error=error)
-    server = warm_server(job.threads, job.libraries, job.later, job.server)
-    home = server.folder if server else None
-    base = Path(tempfile.mkdtemp(prefix="j", dir=home))
+    base = None
     try:
+        server = warm_server(
+            job.threads, job.libraries, job.later, job.server
+        )
+        home = server.folder if server else None
+        base = Path(tempfile.mkdtemp(prefix="j", dir=home))
         return _execute_in(job, base, server, tell, began)
     except OSError as error:
         status = "full" if error.errno == 28 else "died"
-        details = {"name": type(error).__name__, "message": str(error)}
+        name = "DiskFull" if status == "full" else type(error).__name__
+        details = {"name": name, "message": str(error)}
         return Result(status, error=details, wall=time.monotonic() - began)
     finally:
-        shutil.rmtree(base, ignore_errors=True)
+        if base is not None:
+            shutil.rmtree(base, ignore_errors=True)
 
 
 def machine() -> dict:
@@ -544,10 +602,14 @@ def _execute_in(job, base: Path, server, tell, began: float) -> Result:
     book, scratch = base / "book", base / "tmp"
     scratch.mkdir()
     room = unpack_job(job, book)
+    if key_of(job, book) != job.key:
+        message = f"{job.chapter} was changed while it was packed; run again"
+        error = {"name": "WrongCode", "message": message}
+        return Result("refused", error=error)
     env = os.environ | kernel_environment(job.threads)
     env |= {"PYTHONPATH": str(book), "TMPDIR": str(scratch)}
     manager = kernel_manager(server, base)
-    session = Session(manager, room, job.timeout, tell)
+    session = Session(manager, room, job, tell)
     _sessions[job.label] = session
     status, error = "ok", {}
     with warnings.catch_warnings():

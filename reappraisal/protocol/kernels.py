@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -242,7 +241,8 @@ def serve(modules: list[str], later: list[str], folder: str) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     door = socket.socket(socket.AF_UNIX)
-    door.bind(f"{folder}/door")
+    os.chdir(folder)  # the whole path may be too long for a socket
+    door.bind("door")
     door.listen()
     clients, orphans, waiting = [owner], set(), deque(later)
     try:
@@ -371,7 +371,10 @@ class ForkServer:
     """
 
     def __init__(self, modules=(), later=(), threads: int = 1):
-        self.folder = Path(tempfile.mkdtemp(prefix="reappraisal-"))
+        from reappraisal.protocol.cache import Scratch
+
+        self._scratch = Scratch("kernels")
+        self.folder = self._scratch.path
         first = ["ipykernel.kernelapp", "ipykernel.ipkernel"]
         names = json.dumps([[*first, *modules], list(later)])
         here = find_spec("reappraisal.protocol.kernels").origin
@@ -516,7 +519,7 @@ class ForkServer:
                 end()
         self.process.wait()
         self._gone = True
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._scratch.remove()
 
 
 def _lines(stream):

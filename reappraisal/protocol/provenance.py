@@ -213,8 +213,8 @@ class Module:
 
 
 @lru_cache(maxsize=4096)
-def _module(path: str, package: str, changed: int, size: int) -> Module:
-    tree = ast.parse(Path(path).read_bytes(), filename=path)
+def _module(text: bytes, package: str) -> Module:
+    tree = ast.parse(text)
     return Module(
         digest(_canonical(tree))[:16],
         references(tree, package),
@@ -223,7 +223,7 @@ def _module(path: str, package: str, changed: int, size: int) -> Module:
 
 
 def read_module(path: Path, name: str = "") -> Module:
-    """Read a module; again only when the file has changed.
+    """Read a module; it is taken apart again only when its text is new.
 
     Parameters
     ----------
@@ -236,8 +236,7 @@ def read_module(path: Path, name: str = "") -> Module:
     Module
     """
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    state = path.stat()
-    return _module(str(path), package, state.st_mtime_ns, state.st_size)
+    return _module(path.read_bytes(), package)
 
 
 def locate(root: Path, name: str) -> Path | None:
@@ -379,16 +378,15 @@ def registered(chapter: Chapter) -> list[dict]:
     path = chapter.root / "registrations" / f"{chapter.room}.yml"
     if not chapter.room or not path.is_file():
         return []
-    state = path.stat()
-    return list(_entries(_yaml(str(path), state.st_mtime_ns), chapter.slug))
+    return list(_entries(_yaml(path.read_bytes()), chapter.slug))
 
 
 @lru_cache(maxsize=64)
-def _yaml(path: str, changed: int):
+def _yaml(text: bytes):
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(Path(path).read_text(encoding="utf-8"), loader)
+    return yaml.load(text, loader)
 
 # %% ../../nbs/protocol/provenance.ipynb #9a6df2ab
 _INPUTS = re.compile(r"^#\|\s*inputs:\s*(.+)$", re.MULTILINE)
@@ -509,7 +507,7 @@ def provenance(
         If a parameter or the scale is not known.
     """
     book = notebook or read_notebook(chapter.path)
-    label = chapter.path.relative_to(chapter.root)
+    label = chapter.label
     defaults = parameters_of(book, label)
     settings = chapter.root / "settings.ini"
     sources = [c["source"] for c in working_cells(book)]

@@ -10,15 +10,13 @@ import logging
 import os
 import queue
 import secrets
-import shutil
-import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from reappraisal.protocol.book import (
     BadNotebook,
@@ -31,9 +29,9 @@ from reappraisal.protocol.cache import (
     Damaged,
     Entry,
     Lock,
+    Scratch,
     StorageFull,
     Store,
-    process_lives,
     write_whole,
 )
 from reappraisal.protocol.execute import (
@@ -42,6 +40,7 @@ from reappraisal.protocol.execute import (
     close_servers,
     execute,
     make_job,
+    needs_gpu,
     notebook_bytes,
     preload,
     stop_jobs,
@@ -70,8 +69,8 @@ from reappraisal.protocol.records import (
 TIMEOUTS = {"smoke": 120.0, "book": 900.0, "paper": None}
 
 # %% auto #0
-__all__ = ['TIMEOUTS', 'Outcome', 'Changed', 'stored_record', 'write_back', 'Here', 'run_on_worker', 'OnDask', 'Task',
-           'make_task', 'Run', 'Status', 'status']
+__all__ = ['TIMEOUTS', 'Outcome', 'Changed', 'stored_record', 'write_back', 'doubts', 'SchedulerLost', 'Here', 'run_on_worker',
+           'OnDask', 'Task', 'make_task', 'Run', 'Status', 'status']
 
 # %% ../../nbs/protocol/runner.ipynb #d0bbbdaa
 @dataclass
@@ -185,15 +184,52 @@ def write_back(chapter: Chapter, entry: Entry) -> bool:
         write_whole(chapter.path, text)
     return text != data
 
+# %% ../../nbs/protocol/runner.ipynb #29548cf9
+def doubts(entry: Entry, found: Provenance) -> str:
+    """What speaks against an entry being the result of some code.
+
+    Parameters
+    ----------
+    entry : Entry
+    found : Provenance
+        Of the code.
+
+    Returns
+    -------
+    str
+        Empty if nothing does.
+    """
+    parts = json.loads(json.dumps(found.parts, default=repr))
+    for name, value in parts.items():
+        if entry.record.get(name) != value:
+            return f"its {name} are not those of its key"
+    for name in ("seconds", "wall", "threads"):
+        if not isinstance(entry.record.get(name), (int, float)):
+            return f"its record lacks '{name}'"
+    try:
+        book = read_notebook(found.chapter, entry.notebook)
+        same = code_digest(book) == found.code
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return "it holds no notebook"
+    return "" if same else "its notebook holds other code"
+
 # %% ../../nbs/protocol/runner.ipynb #6dd8c296
+class SchedulerLost(ConnectionError):
+    """The Dask scheduler went, or does not answer any more."""
+
+
 class Here:
     """Runs one job at a time in this process."""
 
-    slots, shared = 1, ""
+    shared, lost = "", False
 
     def __init__(self, threads: int | None = None):
         self.threads = threads or core_count()
         self._executor = ThreadPoolExecutor(1)
+
+    def slots(self, gpu: bool = False) -> int:
+        """Jobs that can run at once."""
+        return 1
 
     def submit(self, job: Job, tell: Callable, done: Callable) -> None:
         """Start a job; `done` gets its result or the error."""
@@ -208,15 +244,41 @@ class Here:
 # %% ../../nbs/protocol/runner.ipynb #67bdff74
 def run_on_worker(job: Job, topic: str) -> Result:
     """What a Dask worker does with a job."""
-    from distributed import get_worker
+    from distributed import Status, get_worker
 
-    worker = get_worker()
+    worker, ends = get_worker(), (Status.closing, Status.closed, Status.failed)
 
     def tell(event: dict) -> None:
         worker.log_event(topic, event | {"label": job.label})
 
+    over = threading.Event()
+
+    def end_if_unwanted() -> None:
+        while not over.wait(1):
+            task = worker.state.tasks.get(job.label)
+            unwanted = task is None or task.state in ("cancelled", "resumed")
+            if unwanted or worker.status in ends:
+                stop_jobs(job.label)
+
+    threading.Thread(target=end_if_unwanted, daemon=True).start()
     tell({"event": "begun", "worker": worker.address})
-    return execute(job, tell)
+    try:
+        return execute(job, tell)
+    finally:
+        over.set()
+
+
+def _carried(job: Job, topic: str) -> Callable[[], dict]:
+    """A job as a function that a process without the package can read."""
+    values = dict(vars(job))
+
+    def run() -> dict:
+        from reappraisal.protocol.execute import Job
+        from reappraisal.protocol.runner import run_on_worker
+
+        return dict(vars(run_on_worker(Job(**values), topic)))
+
+    return run
 
 
 class OnDask:
@@ -233,6 +295,11 @@ class OnDask:
     libraries : iterable of str
         What the chapters import; the workers of a local cluster share one
         fork server, which begins with that at once.
+
+    Raises
+    ------
+    ConnectionError
+        If no scheduler answers, or a worker lacks the package.
     """
 
     def __init__(
@@ -242,41 +309,82 @@ class OnDask:
         threads: int | None = None,
         libraries: Iterable[str] = (),
     ):
-        import dask
-        from distributed import Client, LocalCluster
+        import distributed
 
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        for logger in (distributed, distributed.client):
+            logging.getLogger(logger.__name__).setLevel(logging.CRITICAL)
         self.topic = f"{PACKAGE}-{secrets.token_hex(8)}"
-        self.folder, self.cluster, self.server = None, None, None
-        if scheduler is None:
-            self.threads = threads or max(core_count() // workers, 1)
-            if hasattr(os, "fork"):
-                self.server = ForkServer(libraries, (), self.threads)
-            self.folder = _scratch()
-            once = {"distributed.scheduler.allowed-failures": 0}
-            with dask.config.set(once):
-                self.cluster = LocalCluster(
-                    n_workers=workers,
-                    threads_per_worker=1,
-                    processes=True,
-                    memory_limit=0,
-                    dashboard_address=None,
-                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-                    silence_logs=logging.CRITICAL,
-                    local_directory=str(self.folder),
-                )
-        try:
-            self.client = Client(self.cluster or scheduler)
-        except OSError as error:
-            raise ConnectionError(
-                f"no Dask scheduler answers at {scheduler}: {error}"
-            ) from None
-        if scheduler is not None:
-            self.threads = threads or self._share_of_cores()
+        self.address, self.threads = scheduler, threads
+        self.cluster, self.server = None, None
         self._tells: dict[str, Callable] = {}
         self._futures: dict[str, object] = {}
-        self._counted = (0.0, workers if scheduler is None else 0)
+        self._counted = (0.0, 0, 0)
+        self._leave = ExitStack()
+        try:
+            if scheduler is None:
+                self._begin(workers, libraries)
+            self._connect()
+        except BaseException:
+            self._leave.close()
+            raise
+
+    def _begin(self, workers: int, libraries: Iterable[str]) -> None:
+        """Start a cluster of our own."""
+        import dask
+
+        self.threads = self.threads or max(core_count() // workers, 1)
+        self._counted = (0.0, workers, workers)
+        folder = Scratch("workers")
+        self._leave.callback(folder.remove)
+        if hasattr(os, "fork"):
+            self.server = ForkServer(libraries, (), self.threads)
+            self._leave.callback(self.server.close)
+        own = {
+            "distributed.scheduler.allowed-failures": 0,
+            "temporary-directory": str(folder.path),
+        }
+        with dask.config.set(own):
+            try:
+                self.cluster = self._cluster(workers, folder)
+            except RuntimeError:  # a worker died as it was born: once more
+                self.cluster = self._cluster(workers, folder)
+        self._leave.callback(self._end_cluster)
+
+    @staticmethod
+    def _cluster(workers: int, folder: Scratch):
+        from distributed import LocalCluster
+
+        return LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+            silence_logs=logging.CRITICAL,
+            local_directory=str(folder.path),
+        )
+
+    def _end_cluster(self) -> None:
+        with suppress(Exception):
+            self.cluster.close(timeout=2)
+
+    def _connect(self) -> None:
+        from distributed import Client
+
+        try:
+            self.client = Client(self.cluster or self.address)
+        except OSError as error:
+            raise ConnectionError(
+                f"no Dask scheduler answers at {self.address}: {error}"
+            ) from None
+        self._leave.callback(self._part)
+        self.threads = self.threads or self._share_of_cores()
         self.client.subscribe_topic(self.topic, self._heard)
+
+    def _part(self) -> None:
+        with suppress(Exception):
+            self.client.close(timeout=2)
 
     @property
     def dashboard(self) -> str | None:
@@ -292,7 +400,14 @@ class OnDask:
         return str(self.server.folder) if self.server else ""
 
     def _share_of_cores(self) -> int:
-        cores, slots = self.client.run(core_count), self.client.nthreads()
+        cores = self.client.run(core_count, on_error="return")
+        for worker, count in cores.items():
+            if isinstance(count, ImportError):
+                raise ConnectionError(
+                    f"the worker {worker} cannot run chapters ({count}): "
+                    f"install {PACKAGE}[chapters] there"
+                )
+        slots = self.client.nthreads()
         on_host: dict[str, int] = {}
         for address, count in slots.items():
             host = address.rpartition(":")[0]
@@ -300,18 +415,44 @@ class OnDask:
         shares = [
             cores[a] // on_host[a.rpartition(":")[0]]
             for a in slots
-            if a in cores
+            if isinstance(cores.get(a), int)
         ]
         return max(min(shares, default=1), 1)
 
     @property
-    def slots(self) -> int:
-        """Jobs that can run at once, as the cluster is now."""
-        when, count = self._counted
-        if self.cluster is None and time.monotonic() - when > 1:
-            count = sum(self.client.nthreads().values())
-            self._counted = (time.monotonic(), count)
-        return count
+    def lost(self) -> bool:
+        """Whether the scheduler has gone."""
+        return self.client.status != "running"
+
+    def slots(self, gpu: bool = False) -> int:
+        """Jobs that can run at once, as the cluster is now.
+
+        Parameters
+        ----------
+        gpu : bool
+            Whether to count only workers that have a GPU.
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        SchedulerLost
+        """
+        if self.lost:
+            raise SchedulerLost(
+                f"the Dask scheduler at {self.address or 'home'} was lost"
+            )
+        if self.cluster is None and time.monotonic() - self._counted[0] > 1:
+            with suppress(OSError):
+                self._counted = (time.monotonic(), *self._count())
+        return self._counted[2 if gpu else 1]
+
+    def _count(self) -> tuple[int, int]:
+        found = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        gpus = (w.get("resources", {}).get("GPU", 0) for w in found)
+        return sum(w["nthreads"] for w in found), int(sum(gpus))
 
     def _heard(self, event) -> None:
         _, message = event
@@ -322,14 +463,18 @@ class OnDask:
     def submit(self, job: Job, tell: Callable, done: Callable) -> None:
         """Start a job; `done` gets its result or the error."""
         self._tells[job.label] = tell
+        needs = {"GPU": 1} if job.gpu and self.cluster is None else None
         future = self.client.submit(
-            run_on_worker, job, self.topic, pure=False, key=job.label
+            _carried(job, self.topic),
+            pure=False,
+            key=job.label,
+            resources=needs,
         )
         self._futures[job.label] = future
 
         def finished(future) -> None:
             try:
-                result = future.result()
+                result = Result(**future.result())
             except BaseException as error:
                 result = error
             self._futures.pop(job.label, None)
@@ -338,13 +483,20 @@ class OnDask:
 
         future.add_done_callback(finished)
 
+    def cancel(self, label: str) -> None:
+        """Give a job up."""
+        future = self._futures.get(label)
+        if future is not None:
+            with suppress(Exception):
+                self.client.cancel([future], force=True)
+
     def close(self) -> None:
         """End whatever of ours still runs, and a cluster of our own."""
         from distributed.core import Status
 
         left = list(self._futures.values())
         with suppress(Exception):
-            if left and self.cluster is None:
+            if left and self.cluster is None and not self.lost:
                 self.client.cancel(left, force=True)
                 self.client.run(stop_jobs, self.topic, on_error="ignore")
         if left and self.cluster is not None:
@@ -352,23 +504,7 @@ class OnDask:
                 with suppress(Exception):
                     nanny.status = Status.closing_gracefully  # no new worker
                     nanny.process.process.kill()
-        with suppress(Exception):
-            self.client.close(timeout=2)
-        if self.server is not None:
-            self.server.close()
-        if self.cluster is not None:
-            with suppress(Exception):
-                self.cluster.close(timeout=2)
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-# %% ../../nbs/protocol/runner.ipynb #1d69e5bc
-def _scratch() -> Path:
-    prefix = "reappraisal-dask-"
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
-        pid = left.name.removeprefix(prefix).partition("-")[0]
-        if pid.isdigit() and not process_lives(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-"))
+        self._leave.close()
 
 # %% ../../nbs/protocol/runner.ipynb #8a0148b2
 @dataclass
@@ -389,6 +525,11 @@ class Task:
     def key(self) -> str:
         """Where its result will be stored."""
         return self.provenance.key
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it needs a worker with a GPU."""
+        return needs_gpu(self.provenance)
 
 
 def make_task(chapter: Chapter, given: dict) -> Task:
@@ -412,8 +553,8 @@ def make_task(chapter: Chapter, given: dict) -> Task:
         If it has no such parameter.
     """
     data = chapter.path.read_bytes()
-    book = read_notebook(chapter.path.relative_to(chapter.root), data)
-    defaults = parameters_of(book, chapter.path.relative_to(chapter.root))
+    book = read_notebook(chapter.label, data)
+    defaults = parameters_of(book, chapter.label)
     if "scale" not in defaults and given.get("scale") == "book":
         given = {k: v for k, v in given.items() if k != "scale"}
     elif "scale" not in defaults and "scale" in given:
@@ -449,6 +590,10 @@ class Run:
         Whether to run what is stored already.
     write : bool
         Whether to put outputs back into the notebooks.
+    memory : int, optional
+        Bytes that each chapter may take.
+    patience : float
+        Seconds to wait for a worker that can run a chapter.
     tell : callable, optional
         Called with a dict for everything that happens.
     """
@@ -464,6 +609,8 @@ class Run:
         retries: int = 1,
         force: bool = False,
         write: bool = False,
+        memory: int | None = None,
+        patience: float = 60.0,
         tell: Callable[[dict], None] | None = None,
     ):
         self.store, self.given = store, {"scale": "book"} | (given or {})
@@ -471,6 +618,7 @@ class Run:
         self.threads, self.retries = threads, retries
         self.timeout = timeout or TIMEOUTS.get(self.given["scale"])
         self.force, self.write = force, write
+        self.memory, self.patience = memory, patience
         self.tell = tell or (lambda event: None)
         self.label = secrets.token_hex(8)
         self.outcomes: dict[str, Outcome] = {}
@@ -478,7 +626,8 @@ class Run:
         self._todo: deque[Task] = deque()
         self._flying: dict[str, Task] = {}
         self._news: queue.SimpleQueue = queue.SimpleQueue()
-        self._full = ""
+        self._over = False
+        self._nobody: dict[bool, float] = {}
 
     def __call__(self, chapters: Iterable[Chapter]) -> list[Outcome]:
         """Run the chapters.
@@ -500,6 +649,8 @@ class Run:
             When interrupted, after every kernel has ended. `outcomes` has
             those chapters that were finished.
         """
+        for kind in ("kernels", "workers"):
+            Scratch.sweep(kind)
         first, last = self._prepare(chapters)
         try:
             self._work_through(first)
@@ -516,36 +667,86 @@ class Run:
     # Preparation
 
     def _prepare(self, chapters) -> tuple[list[Task], list[Task]]:
+        tasks = self._make(chapters)
+        took = expected_seconds(records(self.store), self.given["scale"])
+        for task in tasks:
+            task.expected = took.get(task.chapter.name, task.expected)
+        tasks.sort(key=lambda task: (not task.gpu, -task.expected))
+        readers = [t for t in tasks if _reads_chapters(t.provenance)]
+        return [t for t in tasks if t not in readers], readers
+
+    def _make(self, chapters) -> list[Task]:
         tasks = []
         for chapter in chapters:
             try:
                 tasks.append(make_task(chapter, self.given))
-            except BadNotebook as error:
-                self._fail(chapter, {"name": "BadNotebook", "message": error})
-        took = expected_seconds(records(self.store), self.given["scale"])
-        for task in tasks:
-            task.expected = took.get(task.chapter.name, task.expected)
-        tasks.sort(key=lambda task: -task.expected)
-        readers = [t for t in tasks if _reads_chapters(t.provenance)]
-        return [t for t in tasks if t not in readers], readers
+            except (BadNotebook, OSError) as error:
+                name = type(error).__name__
+                self._fail(chapter, {"name": name, "message": error})
+        return tasks
 
     def _again(self, tasks: list[Task]) -> list[Task]:
         """Tasks that read other chapters, now that those are written."""
-        return [make_task(task.chapter, self.given) for task in tasks]
+        return self._make(task.chapter for task in tasks)
 
     def _work_through(self, tasks: list[Task]) -> None:
         missing = [task for task in tasks if not self._from_store(task)]
         if missing and self.pool is None:
             self.pool = self._make_pool(missing)
-        if missing:
-            self._tell_pool(missing)
         self._todo.extend(missing)
-        while self._todo or self._flying:
-            if self._full:
-                break
-            self._launch()
-            with suppress(queue.Empty):
-                self._handle(*self._news.get(timeout=0.2))
+        try:
+            if missing:
+                self._tell_pool(missing)
+            while (self._todo or self._flying) and not self._over:
+                self._launch()
+                with suppress(queue.Empty):
+                    self._handle(*self._news.get(timeout=0.2))
+                self._give_up_waiting()
+        except SchedulerLost as error:
+            self._over = True
+            details = {"name": "SchedulerLost", "message": (
+                f"{error} while this chapter ran; what is finished is kept, "
+                "and the next run goes on from there"
+            )}
+            self._drop(list(self._flying.values()), details)
+        except StorageFull as error:
+            self._over = True
+            details = {"name": "DiskFull", "message": error.strerror}
+            self._drop(list(self._todo)[:1], details)
+
+    def _drop(self, tasks: list[Task], error: dict) -> None:
+        """End tasks for a reason that is not theirs."""
+        for label, task in list(self._flying.items()):
+            if task in tasks:
+                del self._flying[label]
+                self.pool.cancel(label)
+        for task in tasks:
+            self._release(task)
+            if task in self._todo:
+                self._todo.remove(task)
+            self._fail(task.chapter, error)
+
+    def _give_up_waiting(self) -> None:
+        """End those for which no worker comes."""
+        for gpu in (False, True):
+            tasks = [*self._flying.values(), *self._todo]
+            tasks = [task for task in tasks if task.gpu == gpu]
+            if not tasks or self.pool.slots(gpu):
+                self._nobody.pop(gpu, None)
+                continue
+            where, now = self.pool.address, time.monotonic()
+            kind = " with a GPU" if gpu else ""
+            option = " --resources GPU=1" if gpu else ""
+            if gpu not in self._nobody:
+                self._nobody[gpu] = now
+                more = f" (with {len(tasks) - 1} others)" if tasks[1:] else ""
+                text = f"waits for a worker{kind} at {where}{more}"
+                self._say(tasks[0], text)
+            if now - self._nobody[gpu] > self.patience:
+                self._drop(tasks, {"name": "NoWorker", "message": (
+                    f"no worker{kind} at {where} within {self.patience:g} s; "
+                    f"start one with `dask worker {where}{option}`"
+                )})
 
     def _make_pool(self, tasks: list[Task]) -> Here | OnDask:
         workers = min(self.workers, len(tasks))
@@ -563,7 +764,7 @@ class Run:
         self.tell({
             "event": "pool",
             "chapter": None,
-            "workers": self.pool.slots,
+            "workers": self.pool.slots(),
             "threads": self.pool.threads,
             "dashboard": getattr(self.pool, "dashboard", None),
             "missing": [task.chapter.name for task in missing],
@@ -582,22 +783,34 @@ class Run:
             return False
         if entry is None:
             return False
+        why = doubts(entry, task.provenance)
+        if why:
+            self._note(task, str(self.store.set_aside(task.key, why)))
+            return False
         self._succeed(task, entry, "cached")
         return True
 
     def _launch(self) -> None:
         for _ in range(len(self._todo)):
-            if len(self._flying) >= self.pool.slots:
+            if len(self._flying) >= self.pool.slots():
                 return
-            task = self._todo.popleft()
+            task = self._todo[0]
+            if task.gpu and self._gpus_taken >= self.pool.slots(gpu=True):
+                self._todo.rotate(-1)
+                continue
             if task.lock is None:
                 task.lock = self.store.lock(task.key)
                 if task.lock is None:  # another run is at it
-                    self._todo.append(task)
+                    self._todo.rotate(-1)
                     continue
-                if self._from_store(task):
-                    continue
+            self._todo.popleft()
+            if task.attempts == 0 and self._from_store(task):
+                continue
             self._start(task)
+
+    @property
+    def _gpus_taken(self) -> int:
+        return sum(task.gpu for task in self._flying.values())
 
     def _start(self, task: Task) -> None:
         label = f"{self._topic}-{task.chapter}-{task.attempts + 1}"
@@ -610,6 +823,7 @@ class Run:
             self.timeout,
             label,
             self.pool.shared,
+            self.memory,
         )
         if not self._unchanged(task):
             return
@@ -632,9 +846,9 @@ class Run:
         """Whether what was packed is still what the key was made of."""
         try:
             now = make_task(task.chapter, self.given)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self._release(task)
-            details = {"name": "BadNotebook", "message": error}
+            details = {"name": type(error).__name__, "message": error}
             self._fail(task.chapter, details, task)
             return False
         if now.key != task.key:
@@ -657,9 +871,11 @@ class Run:
         if isinstance(news, dict):
             self._progress(task, news)
             return
+        if isinstance(news, BaseException) and self.pool.lost:
+            self.pool.slots()  # says so
         del self._flying[label]
         if isinstance(news, BaseException):
-            message = f"the worker was lost ({type(news).__name__})"
+            message = f"the worker was lost ({type(news).__name__}: {news})"
             news = Result(
                 "died", error={"name": "LostWorker", "message": message}
             )
@@ -701,9 +917,11 @@ class Run:
         }
         try:
             self.store.put(task.key, record, result.notebook)
-        except StorageFull as error:
-            self._full = error.strerror
-            details = {"name": "DiskFull", "message": error.strerror}
+        except OSError as error:
+            self._over = True
+            full = isinstance(error, StorageFull)
+            name = "DiskFull" if full else type(error).__name__
+            details = {"name": name, "message": error.strerror or error}
             self._release(task)
             self._fail(task.chapter, details, task)
             return
@@ -719,6 +937,9 @@ class Run:
 
     def _note(self, task: Task, text: str) -> None:
         task.notes.append(text)
+        self._say(task, text)
+
+    def _say(self, task: Task, text: str) -> None:
         self.tell(
             {"event": "note", "chapter": task.chapter.name, "text": text}
         )
@@ -748,11 +969,11 @@ class Run:
             return
         try:
             outcome.written = write_back(task.chapter, entry)
-        except (Changed, BadNotebook) as error:
+        except (Changed, BadNotebook, FileNotFoundError) as error:
             outcome.state = "failed"
             outcome.error = {"name": "Changed", "message": str(error)}
         except StorageFull as error:
-            self._full = error.strerror
+            self._over = True
             outcome.state = "failed"
             outcome.error = {"name": "DiskFull", "message": error.strerror}
 

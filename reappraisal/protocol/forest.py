@@ -118,7 +118,7 @@ def line(entry: Entry) -> Line:
     shift = [(row[k] - row["null"]) / unit for k in ("estimate", "lo", "hi")]
     return Line(entry, unit, sized, *shift, zone, others)
 
-# %% ../../nbs/protocol/forest.ipynb #9739dd95
+# %% ../../nbs/protocol/forest.ipynb #94d7495b
 _FORMS = {
     "reproduced": '<circle r="6"/>',
     "not reproduced": '<path d="M-5-5 5 5M5-5-5 5" class="rp-open"/>',
@@ -159,7 +159,7 @@ def badge(verdict: str, label: str | None = None) -> str:
     """
     mark = VERDICTS[verdict][0]
     return (f'<span class="rp-badge {tone(verdict)}"><span '
-            f'aria-hidden="true">{mark}</span> '
+            f'aria-hidden="true">{mark}</span>\N{NO-BREAK SPACE}'
             f"{escape(label or verdict)}</span>")
 
 

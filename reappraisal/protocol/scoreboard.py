@@ -149,13 +149,13 @@ def to_csv(board: Board) -> str:
         writer.writerow(row | {"authors": "; ".join(row["authors"])})
     return out.getvalue()
 
-# %% ../../nbs/protocol/scoreboard.ipynb #8bf3900c
+# %% ../../nbs/protocol/scoreboard.ipynb #d3abd75a
 #: Heading, and what it is sorted by.
 _HEADS = (
     ("Paper", "paper"), ("Title and claims", "title"), ("Room", "room"),
     ("Chapter", "chapter"), ("Claims", "claims"), ("Verdict", "verdict"),
-    ("Effect (interval)", "effect"), ("p, Holm", "p_holm"),
-    ("p, BH", "p_bh"), ("Replicates", "n"), ("Scale", "scale"),
+    ("Effect", "effect"), ("p, Holm", "p_holm"),
+    ("p, BH", "p_bh"), ("n", "n"), ("Scale", "scale"),
 )
 
 

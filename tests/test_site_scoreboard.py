@@ -63,7 +63,7 @@ def test_every_paper_has_a_row_without_javascript(site, browser, board):
 
 def test_filters_by_room_verdict_and_words(scoreboard, board):
     page, entries = scoreboard, board.ledger.entries
-    page.get_by_label("Room").select_option("dynamics")
+    page.get_by_role("combobox", name="Room").select_option("dynamics")
     wanted = [p.id for p in board.of_room("dynamics")]
     claims = [e for e in entries if e.claim.room == "dynamics"]
     says(page, f"{len(wanted)} of 296 papers, {len(claims)} of "
@@ -71,7 +71,7 @@ def test_filters_by_room_verdict_and_words(scoreboard, board):
     assert papers(page) == wanted
     assert "?room=dynamics" in page.url
 
-    page.get_by_label("Verdict").select_option("inconclusive")
+    page.get_by_role("combobox", name="Verdict").select_option("inconclusive")
     open_ = [e for e in claims if e.verdict.verdict == "inconclusive"]
     assert open_ and papers(page) == list(
         dict.fromkeys(e.claim.paper.id for e in open_))
@@ -80,13 +80,13 @@ def test_filters_by_room_verdict_and_words(scoreboard, board):
     page.get_by_role("button", name="Show all").click()
     says(page, f"296 of 296 papers, {len(entries)} of {len(entries)} judged "
                "claims.")
-    page.get_by_label("Search").last.fill("git RE-basin")
+    page.locator(".rp-filters [name=q]").fill("git RE-basin")
     says(page, f"1 of 296 papers, 0 of {len(entries)} judged claims.")
     assert papers(page) == ["D135"]
-    page.get_by_label("Search").last.fill("delay-shrinks")
+    page.locator(".rp-filters [name=q]").fill("delay-shrinks")
     says(page, f"1 of 296 papers, 1 of {len(entries)} judged claims.")
-    page.get_by_label("Search").last.fill("")
-    page.get_by_label("Verdict").select_option(NOT_YET)
+    page.locator(".rp-filters [name=q]").fill("")
+    page.get_by_role("combobox", name="Verdict").select_option(NOT_YET)
     says(page, f"{296 - len(board.entries)} of 296 papers, 0 of "
                f"{len(entries)} judged claims.")
     assert page.complaints == []

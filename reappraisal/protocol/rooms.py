@@ -14,7 +14,7 @@ from .board import TOOLKIT, Board, Front, Sections, directive
 from .forest import badge, forest
 
 # %% auto #0
-__all__ = ['inline', 'path', 'waiting', 'numbers', 'sections', 'setup']
+__all__ = ['inline', 'path', 'waiting', 'numbers', 'sections', 'setup', 'named']
 
 # %% ../../nbs/protocol/rooms.ipynb #aa84babf
 def inline(markdown: str) -> str:
@@ -105,7 +105,7 @@ def waiting(board: Board, room: str, href: Callable[[str], str]) -> str:
         for slug, items in chapters.items()
     )
 
-# %% ../../nbs/protocol/rooms.ipynb #8eae5d50
+# %% ../../nbs/protocol/rooms.ipynb #c35f23ec
 def numbers(board: Board, room: str) -> str:
     """A room in one line.
 
@@ -193,5 +193,35 @@ def setup(app: Any) -> dict[str, Any]:
     app.add_directive("room", directive(
         lambda board, href, room: sections(board, room, href)
     ))
+    app.connect("html-page-context", _name_toggles, priority=900)
     return {"version": "1", "parallel_read_safe": True,
             "parallel_write_safe": True}
+
+
+_TOGGLE = re.compile(r">\s*([^<>]+?)\s*</a><details([^>]*)><summary>")
+
+
+def named(navigation: str) -> str:
+    """Say which room each arrow of the navigation opens.
+
+    Parameters
+    ----------
+    navigation
+        The theme's HTML, where the arrows have no name.
+
+    Returns
+    -------
+    str
+    """
+    return _TOGGLE.sub(
+        r'>\1</a><details\2><summary aria-label="Chapters of \1">',
+        navigation,
+    )
+
+
+def _name_toggles(app, pagename, templatename, context, doctree):
+    draw = context.get("generate_toctree_html")
+    if draw:
+        context["generate_toctree_html"] = lambda **options: named(
+            str(draw(**options))
+        )

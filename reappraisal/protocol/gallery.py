@@ -21,7 +21,7 @@ from .rooms import inline
 # %% auto #0
 __all__ = ['WIDTH', 'thumbnail', 'Figure', 'take', 'gallery', 'setup']
 
-# %% ../../nbs/protocol/gallery.ipynb #add708aa
+# %% ../../nbs/protocol/gallery.ipynb #666f05c3
 #: Width of a thumbnail in pixels; it is shown at about half of that.
 WIDTH = 480
 
@@ -52,8 +52,9 @@ def thumbnail(png: bytes, folder: Path) -> tuple[str, int, int]:
                                                 / width))
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
+            clear = image.has_transparency_data
+            image = image.convert("RGBA" if clear else "RGB")
             image = image.reduce(max(1, width // (2 * WIDTH)))
-            image = image.convert("RGBA" if "A" in image.getbands() else "RGB")
             image.resize(small).save(path, quality=70, method=2)
     return path.name, *small
 

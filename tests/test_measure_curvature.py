@@ -532,3 +532,30 @@ def test_pyhessian_agrees():
     assert values[0] == pytest.approx(
         mc.top_eigenvalue(net, data, tol=1e-7).item(), rel=1e-3
     )
+
+
+@pytest.mark.parametrize("scale", [1, 100, 300, 1e3, 1e6])
+def test_gauss_newton_diagonal_where_softmax_saturates(scale):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(scale**0.5)
+    x, y = torch.randn(64, 20), torch.randint(0, 10, (64,))
+    got = mc.gauss_newton_diagonal(net, (x, y), "cross_entropy")
+    exact = net.double()
+    probs = exact(x.double()).softmax(-1)
+    want = 0.0
+    for i in range(len(x)):
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(
+                exact(x[i:i + 1].double())[0, c], exact.parameters()
+            )]) for c in range(10)
+        ]
+        j = torch.stack(rows)
+        centred = j - probs[i] @ j
+        want = want + (probs[i][:, None] * centred**2).sum(0)
+    torch.testing.assert_close(
+        got.double(), (want / len(x)).detach(), rtol=1e-3,
+        atol=1e-5 * float(want.detach().max()) / len(x),
+    )

@@ -345,3 +345,30 @@ def test_bibliography_is_generated_from_the_list_of_papers():
     bib = registrations_dir().parent / "references.bib"
     assert bib.read_text(encoding="utf-8") == to_bibtex(load_papers())
     assert len(load_papers()) == 296
+
+
+@given(
+    st.floats(-2, 2), st.floats(0.01, 2), st.integers(5, 30),
+    st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_an_estimate_and_a_bound_below_it_exclude_each_other(
+    mean, sd, n, seed
+):
+    entry = {"estimator": "mean", "supports_above": 0.0, "at_least": 0.5,
+             "refutes_below": 0.5}
+    x = np.random.default_rng(seed).normal(mean, sd, n)
+    found = decide({"a": parse("a", entry, 0.05)}, {"a": x})["a"]
+    want = Outcome.UNDECIDED
+    if found.lo > 0 and found.estimate >= 0.5:
+        want = Outcome.SUPPORTS
+    elif found.hi < 0.5:
+        want = Outcome.REFUTES
+    assert found.outcome is want
+
+
+def test_a_bound_that_could_refute_what_supports_is_refused():
+    entry = {"estimator": "mean", "supports_above": 0.0, "at_least": 0.5,
+             "refutes_below": 0.6}
+    with pytest.raises(ValueError, match="could do both"):
+        parse("a", entry, 0.05)

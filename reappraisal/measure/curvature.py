@@ -817,9 +817,13 @@ def gauss_newton_diagonal(
             return objective.criterion(out, y[None])[0]
 
         out, pull = vjp(f, theta)
-        curved = jacrev(grad(value))(out)
-        size, vectors = torch.linalg.eigh((curved + curved.mT) / 2)
-        roots = vectors * size.abs().sqrt()
+        curved = jacrev(grad(value))(out).double()
+        # subnormal entries, of a softmax that saturates, break `eigh`
+        unit = curved.abs().amax().clamp(min=1e-30)
+        curved = (curved + curved.mT) / (2 * unit)
+        curved = curved.where(curved.abs() > 1e-30, 0.0)
+        size, vectors = torch.linalg.eigh(curved)
+        roots = (vectors * (size.abs() * unit).sqrt()).to(out.dtype)
         total = torch.zeros_like(theta)
         for c in range(len(out)):
             total = total + size[c].sign() * pull(roots[:, c])[0].square()

@@ -168,7 +168,7 @@ def correlation(
     found = bootstrap(
         lambda w: weighted_correlation(x, y, w, kind), n, level=level,
         method=method, seed=seed, n_boot=n_boot, null=null,
-        clusters=clusters, small_sample=kind == "pearson",
+        clusters=clusters, small_sample=kind == "pearson", support=(-1, 1),
     )
     return replace(found, method=f"{kind.capitalize()}, {found.method}")
 
@@ -268,7 +268,7 @@ def partial_correlation(
 
     found = bootstrap(
         statistic, x.size, level=level, method=method, seed=seed,
-        n_boot=n_boot, null=null, clusters=clusters,
+        n_boot=n_boot, null=null, clusters=clusters, support=(-1, 1),
     )
     return replace(found, method=f"partial {kind}, {found.method}")
 
@@ -342,7 +342,7 @@ def kendall_within(
     top, bottom = np.array(tops), np.array(bottoms)
     found = bootstrap(
         lambda w: (w @ top) / (w @ bottom), top.size, level=level,
-        method=method, seed=seed, null=null, n_boot=n_boot,
+        method=method, seed=seed, null=null, n_boot=n_boot, support=(-1, 1),
     )
     return replace(found, method=f"Kendall within groups, {found.method}")
 
@@ -441,6 +441,7 @@ def granulated_kendall(
         lambda w: ((w * taus) @ masks.T / (w @ masks.T)).mean(-1), taus.size,
         level=level, method=method, seed=seed, null=null, n_boot=n_boot,
         strata=of_axis if np.bincount(of_axis).max() > 1 else None,
+        support=(-1, 1),
     )
     return replace(found, method=f"granulated Kendall, {found.method}")
 

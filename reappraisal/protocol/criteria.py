@@ -175,10 +175,12 @@ def parse(name: str, entry: Mapping[str, Any], alpha: float) -> Criterion:
             raise ValueError(f"{at}.sesoi: missing (or give supports_above)")
         values["supports_above"] = above
         below = values.setdefault("refutes_below", above)
-        if below is not None and below > above:
+        least = values.get("at_least")
+        reach = above if least is None else max(above, least)
+        if below is not None and below > reach:
             raise ValueError(
                 f"{at}.refutes_below: {below} lies above supports_above "
-                f"{above}, so one interval could do both"
+                f"{above} and at_least, so one interval could do both"
             )
     return Criterion(**values)
 

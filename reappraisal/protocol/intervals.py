@@ -407,6 +407,8 @@ def bootstrap_limits(
     Returns
     -------
     tuple of two ndarrays of shape (...)
+        Infinite where so many draws cannot show the level: there
+        `bootstrap_p` would not reject any null beyond the draws.
     """
     draws = np.sort(draws, axis=-1)
     size = draws.shape[-1]
@@ -419,8 +421,8 @@ def bootstrap_limits(
         z = z0 + z
         slow = 1 - np.asarray(a)[..., None] * z
         z = z0 + z / np.maximum(slow, 1e-9)
-    at = np.broadcast_to(scipy.special.ndtr(z), (*draws.shape[:-1], 2))
-    at = at * (size - 1)
+    z = np.broadcast_to(z, (*draws.shape[:-1], 2))
+    at = scipy.special.ndtr(z) * (size - 1)
     left = np.floor(at).astype(np.intp)
     right = np.minimum(left + 1, size - 1)
     part = at - left
@@ -429,6 +431,10 @@ def bootstrap_limits(
     with np.errstate(invalid="ignore"):  # infinite neighbours
         limits = low + part * (high - low)
     limits = np.where((low == high) | (part == 0), low, limits)
+    side = np.array([-1, 1])
+    unseen = side * z > -scipy.special.ndtri(0.5 / size)
+    unseen &= draws[..., :1] < draws[..., -1:]
+    limits = np.where(unseen, side * np.inf, limits)
     return limits[..., 0], limits[..., 1]
 
 
@@ -492,6 +498,7 @@ def bootstrap(
     clusters: ArrayLike | None = None,
     within: bool = False,
     strata: ArrayLike | None = None,
+    support: tuple[float, float] = (-math.inf, math.inf),
 ) -> Interval:
     """Bootstrap interval of a statistic written on counts.
 
@@ -517,13 +524,16 @@ def bootstrap(
         textbook intervals.
     clusters, within, strata
         See `resample_counts`.
+    support
+        Smallest and largest value that the statistic can take at all.
 
     Returns
     -------
     Interval
         `n` counts what was resampled: clusters, where there are any.
-        A single replicate knows nothing of its spread, and its limits are
-        infinite.
+        A limit is that of the support where the replicates are too few to
+        show the level: always for a single one, often for three or four at
+        0.95. The p-value agrees: there it rejects no null beyond the draws.
 
     Raises
     ------
@@ -553,7 +563,7 @@ def bootstrap(
         sizes = np.bincount(_codes(strata, n, "strata"))
     if min(sizes) < 2:
         return Interval(
-            estimate, -math.inf, math.inf, level, units, name, 1.0, None, null
+            estimate, *support, level, units, name, 1.0, None, null
         )
     draws = np.concatenate([
         statistic(w)
@@ -587,9 +597,8 @@ def bootstrap(
         p = _p_constant(estimate - null, units)
     with np.errstate(invalid="ignore"):
         se = float(draws.std(ddof=1)) if draws.size > 1 else None
-    return Interval(
-        estimate, float(lo), float(hi), level, units, name, p, se, null
-    )
+    lo, hi = max(float(lo), support[0]), min(float(hi), support[1])
+    return Interval(estimate, lo, hi, level, units, name, p, se, null)
 
 
 def _p_constant(distance: float, n: int) -> float:

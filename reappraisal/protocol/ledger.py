@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from .provenance import staleness
 from .verdicts import Verdict, box
 
 # %% auto #0
-__all__ = ['COLUMNS', 'recheck', 'claim_p', 'Entry', 'Refusal', 'Ledger', 'stored_verdicts', 'why_stale']
+__all__ = ['COLUMNS', 'recheck', 'claim_p', 'size', 'measured', 'headline', 'Entry', 'Refusal', 'Ledger', 'stored_verdicts',
+           'why_stale']
 
 # %% ../../nbs/protocol/ledger.ipynb #a9376e7b
 def recheck(verdict: Verdict, claim: Claim) -> list[str]:
@@ -118,6 +119,82 @@ def claim_p(rule: Any, p: Mapping[str, float | None]) -> float | None:
     k = max(1, k - (len(parts) - len(values)))
     return min(1.0, values[k - 1] * (len(values) - k + 1))
 
+# %% ../../nbs/protocol/ledger.ipynb #15be40b1
+def size(row: Mapping[str, Any]) -> float | None:
+    """Smallest effect of interest of a criterion, in its measure's unit.
+
+    Parameters
+    ----------
+    row
+        An entry of a verdict's `criteria`.
+
+    Returns
+    -------
+    float or None
+        The registered `sesoi`; else the distance from no effect to the
+        margin, the bound that supports, or the least estimate. None if only
+        a direction was registered, or nothing that has a size.
+    """
+    if row["kind"] in ("equivalence", "noninferiority"):
+        return row["margin"] or None
+    if row["kind"] != "effect":
+        return None
+    for key in ("sesoi", "supports_above", "at_least"):
+        if row[key] is not None and row[key] != row["null"]:
+            return abs(row[key] - row["null"])
+    return None
+
+
+def measured(rule: Any) -> Iterator[str]:
+    """Criteria of a rule that carry the claim.
+
+    Parameters
+    ----------
+    rule
+        A rule tree.
+
+    Yields
+    ------
+    str
+        Names, without premises (`applies_if`) and safeguards (`not`,
+        `not_refuted`).
+    """
+    if isinstance(rule, str):
+        yield rule
+        return
+    ((key, body),) = rule.items()
+    if key == "gate":
+        yield from measured(body["then"])
+    elif key in ("all", "any", "at_least"):
+        for part in body["of"] if key == "at_least" else body:
+            yield from measured(part)
+
+
+def headline(
+    rule: Any, rows: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """Choose the criterion that stands for a claim.
+
+    Parameters
+    ----------
+    rule
+        The rule tree.
+    rows
+        Every criterion's row by name.
+
+    Returns
+    -------
+    mapping
+        The first measured criterion with a size, else the first with an
+        interval, else the first.
+    """
+    found = [rows[name] for name in measured(rule)]
+    found = found or [rows[name] for name in leaves(rule)]
+    interval = [row for row in found
+                if row["kind"] in ("effect", "equivalence", "noninferiority")]
+    sized = [row for row in interval if size(row) is not None]
+    return (sized or interval or found)[0]
+
 # %% ../../nbs/protocol/ledger.ipynb #49197af4
 @dataclass(frozen=True)
 class Entry:
@@ -135,9 +212,10 @@ class Entry:
     notebook: Path
 
     @property
-    def primary(self) -> dict[str, Any]:
-        """The row of the first criterion that the rule names."""
-        return self.verdict[next(leaves(self.claim.at("book")[1]))]
+    def primary(self) -> Mapping[str, Any]:
+        """The row of the criterion that stands for the claim."""
+        rows = {r["name"]: r for r in self.verdict.record["criteria"]}
+        return headline(self.claim.at("book")[1], rows)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ def parse_cell(source: str) -> ast.Module | None:
         return None
 
 
+@lru_cache(maxsize=4096)
 def cell_digest(source: str) -> str:
     """Hash of what a cell does; empty for a cell that does nothing.
 
@@ -154,6 +155,7 @@ def _absolute(node: ast.ImportFrom, package: str) -> str:
     return ".".join([*base, *filter(None, [node.module])])
 
 
+@lru_cache(maxsize=512)
 def references(tree: ast.AST, package: str = "") -> References:
     """Modules that a syntax tree imports or names.
 

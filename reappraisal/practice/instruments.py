@@ -82,7 +82,7 @@ LIMITS = {
     "corruption.kept": 0.5,  # share of it that is left under corruption
     "adversarial.kept": 0.2,  # share of it left at a hundredth
     "ood.auroc": 0.7,
-    "representation.rank": 0.35,  # effective rank of the last layer / K - 1
+    "representation.rank": 0.5,  # effective rank of the last layer / K - 1
     "representation.dead": 0.5,  # share of units that never change
     "weights.imbalance": 3.0,  # spread of units' scales, log units
     "compression.pruned": 0.9,  # share of weights that nothing needs
@@ -909,7 +909,7 @@ def _beyond_shuffled(w: Tensor, seed: int, draws: int = 10) -> float:
     return float((own - mean) / max(sd, 1e-12))
 
 
-LIMITS["untrained.z"] = 5.0
+LIMITS["untrained.z"] = 3.0
 
 
 def layers(s: Subject, rows: int) -> Iterator[Line]:
@@ -1053,17 +1053,17 @@ def compression(s: Subject, rows: int) -> Iterator[Line]:
     found = _search(
         s, rows, _SPARSE, lambda q: prune(s.model, keep=1 - q).model
     )
-    pruned = found[1] if found[1] is not None else 0.0
-    line = say(
+    wasted = found[0] is not None and (
+        found[0] > LIMITS["compression.pruned"]
+    )
+    yield say(
         "pruned", "Prunable weights", found, 0.0, float,
         why.format("Largest share of the weights, smallest first,") + ".",
         unit="share", topic="prune",
         flag=f"{100 * found[0]:.0f} % of the weights do nothing: the model "
         "is far wider than its task."
-        if found[0] is not None and found[0] > LIMITS["compression.pruned"]
-        and pruned is not None else None,
+        if wasted else None,
     )
-    yield line
     found = _search(
         s, rows, [8, 6, 5, 4, 3, 2], lambda b: quantise(s.model, b)
     )

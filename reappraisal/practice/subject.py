@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lab.models import generator
-from ..measure.reading import Outputs, as_batches, untouched
+from ..measure.reading import Outputs, as_batches
 from ..measure.robustness import Units
 
 
@@ -292,21 +292,23 @@ class Subject:
 
     @torch.no_grad()
     def logits(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Raw answers [N, C] on the CPU, finite or not."""
+        """Raw answers [N, C] on the CPU, finite or not.
+
+        The model is taken as it is, in evaluation mode: an audit looks after
+        it as a whole, because a copy of a large one for each call is dear.
+        """
         model = self.model if model is None else model
         rows = []
-        with untouched(model):
-            for part in x.split(self.batch):
-                self.clock()
-                out = model(self.placed(part, model))
-                if not isinstance(out, Tensor) or out.ndim != 2:
-                    raise ValueError(
-                        "model: gave "
-                        f"{tuple(getattr(out, 'shape', ())) or type(out)} "
-                        "for a batch; logits [B, C] are accepted "
-                        "(`practice.adapters.adapt` reads other forms)"
-                    )
-                rows.append(out.float().cpu())
+        for part in x.split(self.batch):
+            self.clock()
+            out = model(self.placed(part, model))
+            if not isinstance(out, Tensor) or out.ndim != 2:
+                raise ValueError(
+                    "model: gave "
+                    f"{tuple(getattr(out, 'shape', ())) or type(out)} "
+                    "for a batch; logits [B, C] are accepted"
+                )
+            rows.append(out.float().cpu())
         return torch.cat(rows)
 
 
@@ -318,12 +320,13 @@ def probe(subject: Subject) -> None:
     subject : Subject
         Gets `seconds` (of a forward pass for one sample) and `batch`.
     """
-    best, n = float("inf"), 1
     limit = subject.clock.seconds or 60.0
     largest = min(len(subject.test), 256)
+    best, n = float("inf"), 1
+    subject.batch = largest
+    subject.logits(subject.test.x[:1])  # the first is slow for other reasons
     while True:
         began = time.perf_counter()
-        subject.batch = n
         subject.logits(subject.test.x[:n])
         took = time.perf_counter() - began
         best = min(best, took / n)

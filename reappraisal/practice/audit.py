@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from ..measure import calibration as cal
 from ..measure.reading import untouched
+from .adapters import adapt
 from .instruments import INSTRUMENTS, Instrument
 from .report import Line, Omission, Report
 from reappraisal.practice.subject import (
@@ -26,6 +27,7 @@ from reappraisal.practice.subject import (
     Subject,
     gather,
     probe,
+    thinned,
 )
 
 # %% auto #0
@@ -127,14 +129,30 @@ def _progress(wanted: bool | None, names: list[str]):
         yield tell
 
 
-def _subject(model, test, train, ood, groups, clock, seed, tolerance):
+def _subject(
+    stack, model, test, train, ood, groups, clock, seed, tolerance
+) -> Subject:
     """Gather data, measure the cost and set broken answers aside."""
     limit = (clock.seconds or 600.0) / 10
-    take = partial(gather, seed=seed, seconds=limit)
+
+    def take(data: Any, most: int) -> Samples:
+        data, note = thinned(data, most, seed)
+        form = adapt(model, data)
+        if form.model is not model:  # the rows as its adapter packs them
+            data = form.batches
+        found = gather(data, most, seed=seed, seconds=limit)
+        return replace(found, note=note, whole=False) if note else found
+
     own = take(test, 10_000)
     if own.y is None:
         raise ValueError("test: has no labels; they are needed")
-    s = Subject(model, own, clock, seed=seed, tolerance=tolerance)
+    form = adapt(model, test)
+    s = Subject(
+        form.model, own, clock, seed=seed, tolerance=tolerance,
+        kind=form.input,
+    )
+    s.origin = (form.kind, *form.notes)
+    stack.enter_context(clock.on(form.model))
     probe(s)
     most = len(own)
     if clock.seconds is not None:
@@ -189,10 +207,10 @@ def audit(
     Parameters
     ----------
     model : nn.Module
-        Answers inputs [B, ...] with logits [B, C]; left as it is.
+        A classifier, in any form that `practice.adapters.adapt` reads; left
+        as it is.
     train : optional
-        Labelled data that the model was trained on, as for
-        `measure.reading.as_batches`.
+        Labelled data that the model was trained on; as `adapt` takes them.
     test
         Labelled data that it was not trained on.
     instruments : iterable of str, optional
@@ -253,12 +271,13 @@ def audit(
     lines: list[Line] = []
     omitted: list[Omission] = []
     interrupted, spent, s = False, {}, None
-    with untouched(model), clock.on(model), _progress(
-        progress, names
-    ) as tell:
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        tell = stack.enter_context(_progress(progress, names))
         try:
             s = _subject(
-                model, test, train, ood, groups, clock, seed, tolerance
+                stack, model, test, train, ood, groups, clock, seed,
+                tolerance,
             )
             _all(s, names, tell, lines, omitted, spent)
         except KeyboardInterrupt:
@@ -324,7 +343,8 @@ def _about(model, s, clock, seed, interrupted, spent) -> dict[str, Any]:
     }
     if s is not None:
         about |= {
-            "device": str(s.device), "samples": len(s.test),
+            "kind": s.origin, "device": str(s.device),
+            "samples": len(s.test),
             "of_test": s.test.note or "all",
             "ms_per_sample": 1e3 * s.seconds,
             "compression_tolerance": s.tolerance,

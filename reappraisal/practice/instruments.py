@@ -626,7 +626,10 @@ def ood(s: Subject, rows: int) -> Iterator[Line]:
     x, y = s.test.first(n)
     others = {k: v.x[:rows] for k, v in s.ood.items()}
     train = None if s.train is None else s.train.first(rows)
-    report = ood_report(s.model, (x, y), others, train=train,
+    names = ["max softmax", "entropy", "energy", "feature norm"]
+    if train is not None:
+        names.append("nearest neighbours")
+    report = ood_report(s.model, (x, y), others, names, train=train,
                         batch_size=s.batch)
     sure = 1 - max_softmax(s.out(n).logits)
     for name in report.datasets:
@@ -644,7 +647,7 @@ def ood(s: Subject, rows: int) -> Iterator[Line]:
         )
         rest = {
             k: report[k, name].interval() for k in report.detectors
-            if k not in ("max softmax", "pixel statistics")
+            if k != "max softmax"
         }
         best = max(rest, key=lambda k: rest[k].estimate)
         yield _line(
@@ -961,6 +964,11 @@ def layers(s: Subject, rows: int) -> Iterator[Line]:
     s.drawn["layers"] = found
 
 
+def _head_size(model: nn.Module) -> int:
+    """Numbers in the last weight."""
+    return [p for p in model.parameters() if p.ndim > 1][-1].numel()
+
+
 def sharpness(s: Subject, rows: int) -> Iterator[Line]:
     """Curvature and rises of the loss, and what a rescaling makes of them."""
     data = s.test.first(rows)
@@ -970,21 +978,29 @@ def sharpness(s: Subject, rows: int) -> Iterator[Line]:
         objective = Objective(
             model, data, dtype=torch.float32, batch_size=s.batch
         )
-        found = {
-            "rise": worst_case(objective, rho=0.05),
-            "adaptive": worst_case(objective, rho=0.5, adaptive=True),
+        measures: dict[str, Callable[[], Any]] = {
+            "rise": partial(worst_case, objective, rho=0.05),
+            "adaptive": partial(
+                worst_case, objective, rho=0.5, adaptive=True),
         }
         if not big:
-            found |= {
-                "trace": hessian_trace(objective, seed=s.seed).estimate,
-                "top": top_eigenvalue(objective, seed=s.seed, tol=1e-2),
-                "fisher_rao": fisher_rao(objective),
+            measures |= {
+                "trace": lambda: hessian_trace(
+                    objective, seed=s.seed).estimate,
+                "top": partial(
+                    top_eigenvalue, objective, seed=s.seed, tol=1e-2),
+                "fisher_rao": partial(fisher_rao, objective),
             }
+        found = {}
+        for name, measure in measures.items():
+            s.clock()
+            found[name] = float(measure())
+        if not big and _head_size(model) <= 2048:
             try:
-                found["relative"] = relative_flatness(objective)
-            except ValueError:
+                found["relative"] = float(relative_flatness(objective))
+            except ValueError:  # the last layer is not a linear one
                 pass
-        return {k: float(v) for k, v in found.items()}
+        return found
 
     own = read(s.model)
     others = [read(twin) for twin in _twins(s, 1 if big else 2)]

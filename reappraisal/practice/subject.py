@@ -75,7 +75,7 @@ class Clock:
             hook.remove()
 
 # %% auto #0
-__all__ = ['OutOfTime', 'Clock', 'Samples', 'gather', 'Subject', 'probe']
+__all__ = ['OutOfTime', 'Clock', 'Samples', 'thinned', 'gather', 'Subject', 'probe']
 
 # %% ../../nbs/practice/subject.ipynb #subjec007
 @dataclass(frozen=True)
@@ -106,6 +106,40 @@ class Samples:
     def first(self, n: int) -> tuple[Tensor, Tensor | None]:
         """A random part, the same each time."""
         return self.x[:n], None if self.y is None else self.y[:n]
+
+
+def thinned(data: Any, most: int, seed: int = 0) -> tuple[Any, str]:
+    """A random part of data whose length is known.
+
+    Parameters
+    ----------
+    data
+        Anything; what is no DataLoader or data set of known length, or is
+        short enough, comes back as it is.
+    most : int
+        Samples.
+    seed : int
+
+    Returns
+    -------
+    data, str
+        And what was left out; empty if nothing was.
+    """
+    tools = torch.utils.data
+    if isinstance(data, tools.Dataset) and hasattr(data, "__len__"):
+        data = tools.DataLoader(data, batch_size=64)
+    if not isinstance(data, tools.DataLoader) or isinstance(
+        data.dataset, tools.IterableDataset
+    ) or len(data.dataset) <= most:
+        return data, ""
+    total = len(data.dataset)
+    order = generator(seed, "thinned")
+    rows = torch.randperm(total, generator=order)[:most].tolist()
+    loader = tools.DataLoader(
+        tools.Subset(data.dataset, rows), batch_size=data.batch_size or 64,
+        collate_fn=data.collate_fn,
+    )
+    return loader, f"a random {most:,} of {total:,} samples"
 
 
 def gather(
@@ -141,32 +175,15 @@ def gather(
     ValueError
         As `as_batches`.
     """
-    torch_data = torch.utils.data
-    order = generator(seed, "audit")
-    note, total = "", None
-    if isinstance(data, torch_data.Dataset):
-        data = torch_data.DataLoader(data, batch_size=64)
-    if isinstance(data, torch_data.DataLoader):
-        inner = data.dataset
-        mapped = not isinstance(inner, torch_data.IterableDataset)
-        if mapped and len(inner) > most:
-            total = len(inner)
-            rows = torch.randperm(total, generator=order)[:most].tolist()
-            data = torch_data.DataLoader(
-                torch_data.Subset(inner, rows),
-                batch_size=data.batch_size or 64,
-                collate_fn=data.collate_fn,
-            )
-            note = f"a random {most:,} of {total:,} samples"
+    data, note = thinned(data, most, seed)
     began, xs, ys, size, cut = time.monotonic(), [], [], 0, False
-    wide = None if isinstance(data, torch_data.DataLoader) else 10**9
-    iterator = iter(as_batches(data, wide or 512))
+    iterator = iter(as_batches(data, 10**9))
     for x, y in iterator:
         xs.append(x.detach().cpu())
         ys.append(None if y is None else y.detach().cpu())
         size += len(x)
         held = sum(t.numel() * t.element_size() for t in xs)
-        if wide is None and size >= most or held > memory or (
+        if size >= most or held > memory or (
             time.monotonic() - began > seconds
         ):
             cut = next(iterator, None) is not None
@@ -175,13 +192,14 @@ def gather(
     y = None if any(t is None for t in ys) else torch.cat(ys)
     per = max(1, x[0].numel() * x.element_size())
     keep = min(len(x), most, max(1, memory // per))
+    order = generator(seed, "order")
     index = torch.randperm(len(x), generator=order)[:keep]
-    if cut:
+    if note and cut:
+        note = note.replace(f"{most:,}", f"{keep:,}")
+    elif cut:
         note = f"the first {keep:,} samples that the loader gave"
     elif keep < len(x):
         note = f"a random {keep:,} of {len(x):,} samples"
-    elif keep < (total or 0):
-        note = f"a random {keep:,} of {total:,} samples"
     return Samples(
         x[index], None if y is None else y[index], not note, note, index
     )
@@ -205,10 +223,14 @@ class Subject:
     seed : int
     tolerance : float
         Share of answers that compression may change.
+    kind : str
+        Of the inputs: 'image', 'tokens', 'table' or 'other'.
     batch, seconds
         Samples in a forward pass, and what one costs; see `probe`.
     broken : int
         Samples whose answers were not finite, left out of `test`.
+    origin : tuple of str
+        What the model was recognised as.
     drawn : dict
         Results that are worth a picture, by instrument.
     """
@@ -221,9 +243,11 @@ class Subject:
     groups: Tensor | None = None
     seed: int = 0
     tolerance: float = 0.01
+    kind: str = "other"
     batch: int = 256
     seconds: float = 0.0
     broken: int = 0
+    origin: tuple[str, ...] = ()
     drawn: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -240,7 +264,8 @@ class Subject:
     @property
     def real(self) -> bool:
         """Whether inputs are real numbers, and can be moved a little."""
-        return self.test.x.is_floating_point() and self.test.x.ndim > 1
+        x = self.test.x
+        return self.kind != "tokens" and x.is_floating_point() and x.ndim > 1
 
     @cached_property
     def image(self) -> bool:

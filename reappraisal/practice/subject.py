@@ -30,14 +30,15 @@ class Clock:
     Parameters
     ----------
     seconds : float or None
-        None for as long as it takes.
+        None for as long as it takes. The last twentieth is kept back for
+        what cannot be stopped at once.
     """
 
     def __init__(self, seconds: float | None):
         self.began = time.monotonic()
         self.seconds = seconds
         self.until = float("inf") if seconds is None else (
-            self.began + seconds
+            self.began + 0.95 * seconds
         )
         self.deadline = self.until
 
@@ -54,6 +55,12 @@ class Clock:
     def __call__(self, *_: Any) -> None:
         if time.monotonic() > self.deadline:
             raise OutOfTime("the time is up")
+
+    def need(self, seconds: float) -> None:
+        """Raise `OutOfTime` if less than this is left."""
+        self()
+        if time.monotonic() + seconds > self.deadline:
+            raise OutOfTime(f"would need about {seconds:.0f} s more")
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:

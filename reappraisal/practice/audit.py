@@ -135,18 +135,22 @@ def _subject(
     """Gather data, measure the cost and set broken answers aside."""
     limit = (clock.seconds or 600.0) / 10
 
-    def take(data: Any, most: int) -> Samples:
-        data, note = thinned(data, most, seed)
-        form = adapt(model, data)
-        if form.model is not model:  # the rows as its adapter packs them
-            data = form.batches
-        found = gather(data, most, seed=seed, seconds=limit)
-        return replace(found, note=note, whole=False) if note else found
+    def take(data: Any, most: int, name: str) -> tuple[Samples, Any]:
+        try:
+            data, note = thinned(data, most, seed)
+            form = adapt(model, data)
+            if form.model is not model:  # rows as its adapter packs them
+                data = form.batches
+            found = gather(data, most, seed=seed, seconds=limit)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if note:
+            found = replace(found, note=note, whole=False)
+        return found, form
 
-    own = take(test, 10_000)
+    own, form = take(test, 10_000, "test")
     if own.y is None:
         raise ValueError("test: has no labels; they are needed")
-    form = adapt(model, test)
     s = Subject(
         form.model, own, clock, seed=seed, tolerance=tolerance,
         kind=form.input,
@@ -157,7 +161,10 @@ def _subject(
     most = len(own)
     if clock.seconds is not None:
         most = int(min(most, max(64, 0.1 * clock.seconds / s.seconds)))
-    rest = {k: take(v, max(most, 64)) for k, v in dict(ood or {}).items()}
+    rest = {
+        k: take(v, max(most, 64), f"ood ({k})")[0]
+        for k, v in dict(ood or {}).items()
+    }
     if most < len(own):
         own = replace(
             own, x=own.x[:most], y=own.y[:most], index=own.index[:most],
@@ -177,7 +184,7 @@ def _subject(
     s.outputs = cal.Outputs(logits[fine], s.test.y)
     s.ood = rest
     if train is not None:
-        s.train = take(train, 50_000)
+        s.train = take(train, 50_000, "train")[0]
     if groups is not None:
         groups = torch.as_tensor(groups)
         if groups.ndim != 1 or len(groups) <= int(own.index.max()):
@@ -330,6 +337,8 @@ def _all(s, names, tell, lines, omitted, spent) -> None:
             text = str(error).splitlines()[0]
             omitted.append(Omission(name, f"does not apply: {text[:160]}"))
             continue
+        if not found:
+            note = "has nothing to say: too few samples, classes or layers"
         if note:
             omitted.append(Omission(name, note))
         lines += found

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ..protocol import book as _book
 from ..protocol.book import chapters, find_root
 from ..protocol.ledger import stored_verdicts
 from ..protocol.verdicts import VERDICTS, Verdict
@@ -102,7 +103,7 @@ def stored(package: Path | None = None) -> dict[str, Bearing]:
     Parameters
     ----------
     package : Path, optional
-        Folder of the package; by default the one this module is in.
+        Folder of the package; by default the one in use.
 
     Returns
     -------
@@ -111,7 +112,7 @@ def stored(package: Path | None = None) -> dict[str, Bearing]:
         the notebooks of the checkout that it belongs to; empty if there
         are neither.
     """
-    package = package or Path(__file__).resolve().parents[1]
+    package = package or Path(_book.__file__).resolve().parents[1]
     carried = package / "verdicts.json"
     found: dict[str, Bearing] = {}
     if carried.is_file():

@@ -123,7 +123,7 @@ def _ratio_flag(
     i = mean_interval((part.double() - floor).numpy())
     return i.hi < limit * learnt
 
-# %% ../../nbs/practice/instruments.ipynb #instru008
+# %% ../../nbs/practice/instruments.ipynb #instru010
 def numerics(s: Subject, rows: int) -> Iterator[Line]:
     """Answers that are not finite, and answers in half precision."""
     n = len(s.test) + s.broken
@@ -216,7 +216,7 @@ def accuracy(s: Subject, rows: int) -> Iterator[Line]:
             "samples and were not looked at.",),
     )
 
-# %% ../../nbs/practice/instruments.ipynb #instru010
+# %% ../../nbs/practice/instruments.ipynb #instru013
 def _binned_error(gap: np.ndarray, bins: np.ndarray, k: int):
     """Expected calibration error as a function of counts [B, N]."""
     table = np.zeros((len(gap), k))
@@ -338,7 +338,7 @@ def selective(s: Subject, rows: int) -> Iterator[Line]:
         if i.hi < LIMITS["selective.auroc"] else None,
     )
 
-# %% ../../nbs/practice/instruments.ipynb #instru012
+# %% ../../nbs/practice/instruments.ipynb #instru018
 def _slices(s: Subject, rows: int) -> dict[str, Tensor]:
     """Name to membership [N]."""
     x = s.test.x[:rows]
@@ -398,7 +398,7 @@ def slices(s: Subject, rows: int) -> Iterator[Line]:
             "matter to you.",),
     )
 
-# %% ../../nbs/practice/instruments.ipynb #instru014
+# %% ../../nbs/practice/instruments.ipynb #instru021
 def generalisation(s: Subject, rows: int) -> Iterator[Line]:
     """Training against test data, and test inputs seen in training."""
     assert s.train is not None
@@ -436,7 +436,7 @@ def generalisation(s: Subject, rows: int) -> Iterator[Line]:
                 "that the share is a lower bound.",)),
     )
 
-# %% ../../nbs/practice/instruments.ipynb #instru016
+# %% ../../nbs/practice/instruments.ipynb #instru024
 def parts_of(shape: tuple[int, ...], most: int = 49) -> Tensor:
     """Divide an input into parts.
 
@@ -542,7 +542,7 @@ def _part_name(mask: Tensor) -> str:
     )
     return f"patch {ends}"
 
-# %% ../../nbs/practice/instruments.ipynb #instru018
+# %% ../../nbs/practice/instruments.ipynb #instru027
 SEVERITIES = (1, 3, 5)
 
 
@@ -658,7 +658,7 @@ def ood(s: Subject, rows: int) -> Iterator[Line]:
                       "samples.",),
         )
 
-# %% ../../nbs/practice/instruments.ipynb #instru020
+# %% ../../nbs/practice/instruments.ipynb #instru030
 def _read_layers(s: Subject, x: Tensor, most: int = 6) -> list[str]:
     """Some layers, evenly over the depth, with small outputs."""
     sizes = {
@@ -744,7 +744,7 @@ def _scatter(h: Tensor, y: Tensor) -> tuple[float, float]:
         between += len(part) * float((centre - mean).square().sum())
     return within / len(h), between / len(h)
 
-# %% ../../nbs/practice/instruments.ipynb #instru022
+# %% ../../nbs/practice/instruments.ipynb #instru033
 #: Rescaled twins, and the spread of the factors' logarithms.
 TWINS, SIGMA = 5, 1.0
 
@@ -1030,7 +1030,7 @@ def sharpness(s: Subject, rows: int) -> Iterator[Line]:
                 n=rows, topic="sharpness",
             )
 
-# %% ../../nbs/practice/instruments.ipynb #instru024
+# %% ../../nbs/practice/instruments.ipynb #instru037
 def _search(
     s: Subject, rows: int, steps: list, build: Callable[[Any], nn.Module]
 ) -> tuple[Any, Any, Any, float, float]:
@@ -1137,7 +1137,7 @@ def compression(s: Subject, rows: int) -> Iterator[Line]:
         unit="share", topic="rank",
     )
 
-# %% ../../nbs/practice/instruments.ipynb #instru026
+# %% ../../nbs/practice/instruments.ipynb #instru040
 @dataclass(frozen=True)
 class Instrument:
     """One question of an audit.

@@ -65,9 +65,11 @@ class Clock:
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
         """Allow what is inside no more than this, or what is left."""
-        self.deadline = min(time.monotonic() + seconds, self.until)
+        now = time.monotonic()
+        if now > self.until:
+            raise OutOfTime("the time is up")
+        self.deadline = min(now + seconds, self.until)
         try:
-            self()
             yield
         finally:
             self.deadline = self.until

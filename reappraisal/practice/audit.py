@@ -31,9 +31,13 @@ from reappraisal.practice.subject import (
 )
 
 # %% auto #0
-__all__ = ['audit']
+__all__ = ['FEWEST', 'audit']
 
 # %% ../../nbs/practice/audit.ipynb #audit005
+#: Samples below which nothing is asked that has to be asked of the model.
+FEWEST = 24
+
+
 def _run(
     s: Subject, one: Instrument, share: float
 ) -> tuple[list[Line], str]:
@@ -45,8 +49,11 @@ def _run(
         most = min(one.most, max(map(len, s.ood.values())))
     least = min(one.least, most)
     limit = share * s.clock.left
-    price = one.passes * least * s.seconds
-    if price > s.clock.left:
+    each = one.passes * s.seconds
+    if least < most and each * least > limit:  # a dear model: fewer will do
+        least = int(min(least, max(FEWEST, limit / each)))
+    price = each * least
+    if price > 0.6 * s.clock.left:
         raise OutOfTime(
             f"would need about {price:.0f} s, {max(s.clock.left, 0):.0f} s "
             "were left"
@@ -92,9 +99,9 @@ def _fewer(rows: int, most: int) -> str:
 def _reason(s: Subject, one: Instrument) -> str | None:
     """Why an instrument does not apply."""
     if one.needs == "train" and (s.train is None or s.train.y is None):
-        return "needs labelled training data (`train`)"
+        return "needs labelled training data (train)"
     if one.needs == "ood" and not s.ood:
-        return "needs unfamiliar data (`ood`)"
+        return "needs unfamiliar data (ood)"
     if one.needs == "real" and not s.real:
         return "needs inputs that are real numbers"
     return None

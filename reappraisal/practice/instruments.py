@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import scipy.stats
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ from reappraisal.measure.sharpness import (
 from reappraisal.measure.spectra import (
     analyse_weights,
     effective_rank,
+    shuffled,
     weights_of,
 )
 from .report import Line
@@ -86,6 +88,7 @@ LIMITS = {
     "representation.rank": 0.5,  # effective rank of the last hidden layer
     "representation.dead": 0.5,  # share of units that never change
     "weights.imbalance": 3.0,  # spread of units' scales, log units
+    "untrained.z": 3.0,  # top singular value beyond chance, in deviations
     "compression.pruned": 0.9,  # share of weights that nothing needs
 }
 
@@ -394,7 +397,7 @@ def slices(s: Subject, rows: int) -> Iterator[Line]:
         flag=f"On {name} the accuracy is {100 * i.estimate:.0f} %, of all "
         f"{100 * all_:.0f} %." if bad else None,
         cautions=() if s.groups is not None else (
-            "Slices were made from the inputs; give `groups` for those that "
+            "Slices were made from the inputs; give groups for those that "
             "matter to you.",),
     )
 
@@ -888,47 +891,52 @@ def weights(s: Subject, rows: int) -> Iterator[Line]:
 
 
 def untrained(s: Subject, rows: int) -> Iterator[Line]:
-    """Layers whose spectrum is that of shuffled weights."""
+    """Layers whose weights look like a fresh draw."""
     names, total = _chosen_layers(s)
     table = weights_of(s.model)[0]
-    odd: dict[str, float] = {}
+    fresh: dict[str, bool] = {}
     for name in names:
         s.clock()
         w = table[name].detach().float().cpu()
-        if min(w.shape[:2]) < 16:
-            continue
-        odd[name] = _beyond_shuffled(w, s.seed)
-    if not odd:
+        if min(w.shape[:2]) >= 16:
+            fresh[name] = _drawn_alike(w) and (
+                _beyond_shuffled(w, s.seed) <= LIMITS["untrained.z"]
+            )
+    if not fresh:
         return
-    none = [k for k, v in odd.items() if v <= LIMITS["untrained.z"]]
+    none = [k for k, v in fresh.items() if v]
     yield Line(
         "untrained.layers", "Layers that look untrained", float(len(none)),
-        meaning=f"Of {len(odd)} layers with 16 or more rows and columns, "
-        "those whose largest singular value is no larger than that of the "
-        "same numbers in random order.",
+        meaning=f"Of {len(fresh)} layers with 16 or more rows and columns, "
+        "those whose numbers look like a fresh uniform or normal draw, and "
+        "whose largest singular value is no larger than that of the same "
+        "numbers in random order.",
         topic="weights",
-        flag=f"No sign of training in {', '.join(none)}: their numbers "
-        "could be in any order." if none and len(none) < len(odd) else None,
-        cautions=("A layer may be trained and not show it, and a layer put "
-                  "back to random numbers may show nothing.",),
+        flag=f"No sign of training in {', '.join(none)}."
+        if none and len(none) < len(fresh) else None,
+        cautions=("Training that has moved a layer very little shows "
+                  "nothing here.",),
     )
+
+
+def _drawn_alike(w: Tensor) -> bool:
+    """Whether numbers look drawn from a uniform or a normal law."""
+    x = w.flatten().double().numpy()
+    size = np.abs(x)
+    edge = int((size > 0.95 * size.max()).sum())
+    uniform = scipy.stats.binomtest(edge, len(x), 0.05).pvalue
+    return max(uniform, scipy.stats.normaltest(x).pvalue) > 0.01
 
 
 def _beyond_shuffled(w: Tensor, seed: int, draws: int = 10) -> float:
     """Top singular value, in deviations of those of shuffled weights."""
-    flat = w.flatten(1)
-    rng = generator(seed, "shuffled")
-    tops = []
-    for _ in range(draws):
-        order = torch.randperm(flat.numel(), generator=rng)
-        mixed = flat.flatten()[order].view_as(flat)
-        tops.append(float(torch.linalg.matrix_norm(mixed, 2)))
-    own = float(torch.linalg.matrix_norm(flat, 2))
-    mean, sd = np.mean(tops), np.std(tops, ddof=1)
-    return float((own - mean) / max(sd, 1e-12))
-
-
-LIMITS["untrained.z"] = 3.0
+    tops = [
+        float(torch.linalg.matrix_norm(
+            shuffled(w.flatten(1), seed + k), 2))
+        for k in range(draws)
+    ]
+    own = float(torch.linalg.matrix_norm(w.flatten(1), 2))
+    return (own - np.mean(tops)) / max(np.std(tops, ddof=1), 1e-12)
 
 
 def layers(s: Subject, rows: int) -> Iterator[Line]:

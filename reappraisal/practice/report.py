@@ -335,7 +335,7 @@ class Report:
                 )
                 parts.append(Text(f"  In the book: {counted}", "dim"))
         if self.omitted:
-            parts += [Text(), Text("Left out", "bold")]
+            parts += [Text(), Text("Left out or cut short", "bold")]
             parts += [Text(f"  {o}", "dim") for o in self.omitted]
         return Group(*parts)
 
@@ -399,7 +399,7 @@ class Report:
         if self.omitted:
             items = "".join(f"<li>{e(str(o))}</li>" for o in self.omitted)
             parts.append(
-                f"<section><h2>Left out</h2><ul>{items}</ul></section>"
+                f"<section><h2>Left out or cut short</h2><ul>{items}</ul></section>"
             )
         parts.append(
             "<section><h2>About this audit</h2>"
@@ -550,7 +550,7 @@ background:var(--page);font:16px/1.5 system-ui,sans-serif;
 max-width:68rem;margin:0 auto;padding:1rem;box-sizing:border-box}
 @media (prefers-color-scheme:dark){.rpa{--ink:#e4e8ee;--soft:#a5afbb;
 --line:#3a424d;--bad:#ffa478;--badbg:#35231a;--page:#14181d;--link:#86bdf5}
-.rpa img{filter:invert(1) hue-rotate(180deg)}body:has(>.rpa){background:
+.rpa img{filter:invert(1) hue-rotate(180deg);mix-blend-mode:screen}body:has(>.rpa){background:
 #14181d}}
 body:has(>.rpa){margin:0}
 .rpa h1{font-size:1.45rem;line-height:1.3;margin:.2rem 0 1rem}

@@ -28,7 +28,7 @@ def case():
 
 @pytest.fixture(scope="module")
 def report(case):
-    return case.audit(budget_s=8.0, progress=False)
+    return case.audit(budget_s=30.0, progress=False)
 
 
 def test_the_top_has_it():
@@ -294,7 +294,7 @@ def test_a_hundred_million_parameters_in_16_gb(root):
         "assert sum(p.numel() for p in net.parameters()) > 1e8\n"
         "data = torch.randn(300, 8, 16), torch.randint(10, (300,))\n"
         "began = time.monotonic()\n"
-        "r = audit(net, test=data, budget_s=240.0, progress=False)\n"
+        "r = audit(net, test=data, budget_s=120.0, progress=False)\n"
         "print(time.monotonic() - began, len(r.lines),\n"
         "    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"
         "print([str(o) for o in r.omitted])\n"
@@ -303,5 +303,5 @@ def test_a_hundred_million_parameters_in_16_gb(root):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds, lines, peak = map(float, done.stdout.splitlines()[0].split())
-    assert peak < 16 and seconds < 1.1 * 240
-    assert lines > 20
+    assert peak < 16 and seconds < 1.1 * 120
+    assert lines > 12

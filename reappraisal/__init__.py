@@ -14,6 +14,8 @@ _HOMES = {
     "protocol.ledger": ("Ledger",),
     "protocol.verdicts": ("Verdict",),
     "lab.ensemble": ("Ensemble", "fit", "sweep", "train"),
+    "practice.compare": ("compare",),
+    "practice.stress": ("stress",),
 }
 _PUBLIC = {name: room for room, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_PUBLIC]

@@ -15,6 +15,8 @@ _HOMES = {
     "protocol.verdicts": ("Verdict",),
     "lab.ensemble": ("Ensemble", "fit", "sweep", "train"),
     "practice.audit": ("audit",),
+    "practice.compare": ("compare",),
+    "practice.stress": ("stress",),
 }
 _PUBLIC = {name: room for room, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_PUBLIC]

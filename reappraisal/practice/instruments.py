@@ -702,7 +702,7 @@ def representation(s: Subject, rows: int) -> Iterator[Line]:
     top = max(1, min(classes - 1, 20))
     low = (rank + 2 * se) / top < LIMITS["representation.rank"]
     yield Line(
-        "representation.rank", f"Effective rank of {names[-1]}", rank,
+        "representation.rank", f"Effective rank (layer {names[-1]})", rank,
         rank - 2.26 * se, rank + 2.26 * se, n=rows, method="jackknife, t",
         meaning="Directions that the last hidden layer uses, as the "
         f"exponential of the entropy of its spectrum; {classes} classes are "
@@ -713,12 +713,12 @@ def representation(s: Subject, rows: int) -> Iterator[Line]:
     name = max(dead, key=dead.__getitem__)
     bad = dead[name] > LIMITS["representation.dead"]
     yield _line(
-        "representation.dead", f"Units that never change ({name})",
+        "representation.dead", f"Units that never change (layer {name})",
         dead[name],
         "Share of the units of a layer that give the same for all samples, "
         f"at its largest over {len(names)} layers.",
         unit="share", n=rows,
-        flag=f"{100 * dead[name]:.0f} % of the units of {name} say nothing."
+        flag=f"{100 * dead[name]:.0f} % of the units of layer {name} say nothing."
         if bad else None,
     )
     within, between = _scatter(last, y)
@@ -878,13 +878,13 @@ def weights(s: Subject, rows: int) -> Iterator[Line]:
     )
     value = max(spread[worst], abs(level[worst] - middle))
     yield Line(
-        "weights.imbalance", f"Uneven scales ({worst})", value,
+        "weights.imbalance", f"Uneven scales (layer {worst})", value,
         unit="log units", topic="weights",
         meaning="How unevenly weights into and out of units are sized, in "
         "the worst group: the spread over its units, or the distance from "
         "the other groups. It changes no answer, and hurts rounding, weight "
         "decay and further training.",
-        flag=f"The weights around {worst} are badly scaled: by a factor of "
+        flag=f"The weights around layer {worst} are badly scaled: by a factor of "
         f"{math.exp(min(value, 50)):.2g}."
         if value > LIMITS["weights.imbalance"] else None,
     )

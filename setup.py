@@ -1,10 +1,12 @@
 """Build from settings.ini, the one place for metadata and requirements."""
 
+import json
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
@@ -18,18 +20,50 @@ extras = {
 extras["chapters"] += extras["cluster"]
 extras["book"] += extras["chapters"]
 
+VERDICTS = "verdicts.json"
+MIME = "application/vnd.reappraisal.verdict+json"
+
+
+def stored_verdicts():
+    """Take the verdicts' records out of the notebooks, as they are."""
+    if not Path("nbs").is_dir():  # built from a source archive
+        return Path(VERDICTS).read_text(encoding="utf-8")
+    found = {}
+    for path in sorted(Path("nbs").rglob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        records = [
+            output["data"][MIME]
+            for cell in cells
+            for output in cell.get("outputs", [])
+            if MIME in output.get("data", {})
+        ]
+        if records:
+            chapter = path.relative_to("nbs").with_suffix("").as_posix()
+            found[chapter] = records
+    book = cfg["doc_host"] + cfg["doc_baseurl"]
+    return json.dumps({"book": book, "verdicts": found}, sort_keys=True)
 
 
 class WithRegistrations(build_py):
-    """Put a copy of the registered claims into built packages."""
+    """Put copies of claims and verdicts into built packages."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib) / cfg["lib_path"] / "registrations"
+            package = Path(self.build_lib) / cfg["lib_path"]
+            target = package / "registrations"
             self.mkpath(str(target))
             for path in sorted(Path("registrations").glob("*.yml")):
                 self.copy_file(str(path), str(target))
+            (package / VERDICTS).write_text(stored_verdicts(), "utf-8")
+
+
+class WithVerdicts(sdist):
+    """Put the verdicts into source archives, which have no notebooks."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        (Path(base_dir) / VERDICTS).write_text(stored_verdicts(), "utf-8")
 
 
 setup(
@@ -48,9 +82,9 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={
-        "console_scripts": ["reappraisal=reappraisal.protocol.cli:main"],
+        "console_scripts": ["reappraisal=reappraisal.practice.command:main"],
     },
-    cmdclass={"build_py": WithRegistrations},
+    cmdclass={"build_py": WithRegistrations, "sdist": WithVerdicts},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

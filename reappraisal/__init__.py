@@ -14,6 +14,9 @@ _HOMES = {
     "protocol.ledger": ("Ledger",),
     "protocol.verdicts": ("Verdict",),
     "lab.ensemble": ("Ensemble", "fit", "sweep", "train"),
+    "practice.audit": ("audit",),
+    "practice.compare": ("compare",),
+    "practice.stress": ("stress",),
 }
 _PUBLIC = {name: room for room, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_PUBLIC]

@@ -98,3 +98,30 @@ def test_registrations_are_found_in_an_installed_package(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     where, count = done.stdout.split()
     assert where.startswith(str(tmp_path)) and int(count) > 0
+
+
+def test_verdicts_are_found_in_an_installed_package(root, wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = ("from reappraisal.practice.bearing import bearing, stored; "
+            "print(len(stored())); "
+            "print(*(b.link for b in bearing('weights')))")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+        text=True, env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    count, links = done.stdout.splitlines()
+    assert int(count) > 0
+    assert all(x.startswith("https://") for x in links.split())
+    assert "/signal/metrics_without_data.html#claim-a01-" in links
+
+
+def test_a_wheel_from_a_source_archive_has_verdicts_too(root, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir",
+         str(tmp_path), "."], cwd=root, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        assert b"A01" in archive.read("reappraisal/verdicts.json")

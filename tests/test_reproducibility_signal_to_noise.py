@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.meta_analysis import combine_effects
-from statsmodels.stats.power import TTestIndPower, TTestPower
 
 from reappraisal.lab import data
 from reappraisal.lab.ensemble import SGD, accuracy
 from reappraisal.protocol.claims import Claim
+from reappraisal.protocol.power import selected
 from reappraisal.reproducibility import signal_to_noise as sn
 
 SEEDS = list(range(1000, 1128))
@@ -121,80 +121,6 @@ def test_dropping_finds_the_farthest():
 def test_too_few_seeds(call):
     with pytest.raises(ValueError, match="seeds or more"):
         call()
-
-
-# ---------------------------------------------------- what is selected
-
-
-@pytest.mark.parametrize("paired", [True, False])
-@pytest.mark.parametrize(("d", "n"), [(0.3, 3), (-0.8, 5), (1.5, 8)])
-def test_selected_against_simulation(d, n, paired):
-    rng = np.random.default_rng(1)
-    z = rng.normal(d, 1, (400_000 // n, n))
-    study = (sn.t_paired(z) if paired
-             else sn.t_unpaired(z, rng.normal(0, 1, z.shape)))
-    hit = study.p < 0.05
-    found = sn.selected(d, n, paired=paired)
-    up = hit & (study.effect > 0)
-    down = hit & (study.effect < 0)
-    assert abs(up.mean() - found.up) < 0.005
-    assert abs(down.mean() - found.down) < 0.005
-    side = up if d > 0 else down
-    mean = found.mean_up if d > 0 else found.mean_down
-    assert abs(study.effect[side].mean() / mean - 1) < 0.03
-    made = sn.exaggeration(d, n, paired=paired)
-    size = np.abs(study.effect[hit]).mean() / abs(d)
-    assert abs(made.type_m / size - 1) < 0.03
-
-
-def test_null_selection_is_symmetric():
-    s = sn.selected(0.0, 4)
-    assert math.isclose(s.up, 0.025, rel_tol=1e-3)
-    assert math.isclose(s.up, s.down)
-    assert math.isclose(s.mean_up, -s.mean_down)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.floats(0.15, 3), st.sampled_from([0.5, 0.8, 0.95]),
-       st.booleans())
-def test_seeds_for_is_the_fewest(d, power, paired):
-    n = int(sn.seeds_for(d, power, paired=paired))
-    assert sn.t_power(d, n, paired=paired) >= power
-    if n > 2:
-        assert sn.t_power(d, n - 1, paired=paired) < power
-    law = TTestPower() if paired else TTestIndPower()
-    assert abs(law.power(d, n, 0.05) - sn.t_power(d, n, paired=paired)) < 1e-4
-
-
-def test_seeds_for_shapes_and_limits():
-    assert sn.seeds_for([[0.5, -0.5]]).tolist() == [[64, 64]]
-    with pytest.raises(ValueError, match="more than 100 seeds"):
-        sn.seeds_for(0.01, at_most=100)
-    with pytest.raises(ValueError, match="power"):
-        sn.seeds_for(0.5, 1.0)
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"pilot_a": [1, 2]}, "pilot_a"),
-    ({"pilot_b": [1, 2, math.nan, 3, 4]}, "pilot_b"),
-    ({"pilot_a": [1, 2, 3]}, "one of each seed"),
-    ({"sesoi": 0}, "sesoi"),
-    ({"pilot_a": [1, 1, 1, 1, 1], "pilot_b": [0, 0, 0, 0, 0]}, "vary"),
-])
-def test_seeds_needed_refuses(change, message):
-    given_ = {"pilot_a": [1, 2, 3, 4, 5], "pilot_b": [1, 3, 2, 5, 4],
-              "sesoi": 1}
-    with pytest.raises(ValueError, match=message):
-        sn.seeds_needed(**(given_ | change))
-
-
-def test_pilot_difference_is_no_input():
-    a, b = np.array([1.0, 3, 2, 5, 4]), np.array([1.0, 2, 3, 4, 5])
-    near, far = (sn.seeds_needed(a + x, b, sesoi=1) for x in (0, 100))
-    assert near == far and near.cautious > near.n
-    for x in ({"d": 0, "n": 3}, {"d": 1, "n": 1}):
-        with pytest.raises(ValueError):
-            sn.exaggeration(**x)
 
 
 # ---------------------------------------------------- meta-analysis
@@ -415,7 +341,7 @@ def test_large_effects_replicate_small_ones_do_not():
 def test_replication_rate_is_the_theorys():
     bank = planted((0.8,))
     published, again, first, second = sn.replications(bank, 0, 5, 40_000)
-    law = sn.selected(0.8, 5)
+    law = selected(0.8, 5)
     assert abs(again / published - law.up) < 0.03
     assert abs(first / law.mean_up - 1) < 0.05
     assert abs(second / 0.8 - 1) < 0.05

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import special
 from torch import Tensor, nn
 
 from ..lab.data import Dataset
@@ -37,13 +37,13 @@ from reappraisal.lab.ensemble import (
 from ..lab.models import generator, mlp, resnet
 from ..lab.optimisers import SAM
 from ..measure.calibration import ece
+from ..protocol.power import seeds_for
 
 # %% auto #0
 __all__ = ['YEARS', 'COUNTS', 'ARMS', 'METRICS', 'LOOKS', 'BUDGET', 'TINY', 'MODERATE', 'LARGE', 'SINGLY', 'STEPWISE', 'SPLITS',
            'SMALL', 'BIG', 'CELLS', 'growth', 'evidence_growth', 'Arm', 'Task', 'shifted', 'Masked', 'masked',
            'Altered', 'Jolted', 'RunBank', 'train_arm', 'score', 'train_bank', 'Studies', 't_paired', 't_unpaired',
-           'without_farthest', 'Selected', 'selected', 'Exaggeration', 'exaggeration', 't_power', 'seeds_for',
-           'SeedsNeeded', 'seeds_needed', 'pool', 'egger', 'forking', 'Freedoms', 'sealed', 'report', 'read', 'regret',
+           'without_farthest', 'pool', 'egger', 'forking', 'Freedoms', 'sealed', 'report', 'read', 'regret',
            'digits_task', 'curves_task', 'cifar_task', 'draw', 'compare', 'within', 'winners', 'evidence_winners',
            'evidence_power', 'null_studies', 'evidence_forking', 'replications', 'evidence_replications',
            'pooled_errors', 'evidence_nulls', 'write_records', 'squared_errors', 'slope_of_log_snr', 'kept_at_random',
@@ -759,263 +759,6 @@ def _seeds(x: np.ndarray, least: int = 2) -> int:
             "axis are accepted"
         )
     return x.shape[-1]
-
-# %% ../../nbs/reproducibility/signal_to_noise.ipynb #c15c6a12
-@dataclass(frozen=True)
-class Selected:
-    """What significance leaves of a normal effect.
-
-    Attributes
-    ----------
-    up, down : float
-        Chance of a significant effect above and below 0.
-    mean_up, mean_down : float
-        Its mean, in standard deviations of a run (of a difference, if
-        paired).
-    """
-
-    up: float
-    down: float
-    mean_up: float
-    mean_down: float
-
-
-def selected(
-    d: float, n: int, *, paired: bool = False, alpha: float = 0.05
-) -> Selected:
-    """Significant effects of studies of n seeds, from the normal theory.
-
-    Parameters
-    ----------
-    d
-        True standardised effect.
-    n
-        Seeds an arm, >= 2.
-    paired
-        Whether d is in deviations of paired differences.
-    alpha
-        Level of the two-sided t test.
-
-    Returns
-    -------
-    Selected
-
-    Raises
-    ------
-    ValueError
-        If n is below 2, d not finite, or alpha not a probability.
-    """
-    if n < 2 or not math.isfinite(d) or not 0 < alpha < 1:
-        raise ValueError(
-            f"d, n, alpha: got {d}, {n}, {alpha}; a finite effect, two seeds "
-            "or more and a level between 0 and 1 are accepted"
-        )
-    df = n - 1 if paired else 2 * n - 2
-    e = math.sqrt((1 if paired else 2) / n)
-    u, w = np.polynomial.legendre.leggauss(200)
-    s = np.sqrt(stats.chi2.ppf((u + 1) / 2, df) / df)
-    c = special.stdtrit(df, 1 - alpha / 2) * e * s
-    out = []
-    for sign in (1, -1):
-        z = (sign * d - c) / e
-        chance = w / 2 @ special.ndtr(z)
-        mean = w / 2 @ (sign * d * special.ndtr(z) + e * stats.norm.pdf(z))
-        out.append((float(chance), sign * float(mean / chance)))
-    (up, mean_up), (down, mean_down) = out
-    return Selected(up, down, mean_up, mean_down)
-
-
-@dataclass(frozen=True)
-class Exaggeration:
-    """Power, type M and type S error of a design.
-
-    Attributes
-    ----------
-    power : float
-        Chance of p < alpha, either direction.
-    type_m : float
-        Mean of |estimate| / |true effect| where significant.
-    type_s : float
-        Chance that a significant estimate has the wrong sign.
-    """
-
-    power: float
-    type_m: float
-    type_s: float
-
-
-def exaggeration(
-    d: float, n: int, *, paired: bool = False, alpha: float = 0.05
-) -> Exaggeration:
-    """How far significant estimates are off; arguments as `selected`.
-
-    Raises
-    ------
-    ValueError
-        If d is 0, too, for there is nothing to exaggerate.
-
-    Source: Gelman and Carlin 2014, doi:10.1177/1745691614551642.
-    """
-    if d == 0:
-        raise ValueError("d: got 0; an effect other than 0 is accepted")
-    s = selected(abs(d), n, paired=paired, alpha=alpha)
-    power = s.up + s.down
-    size = (s.up * s.mean_up - s.down * s.mean_down) / power
-    return Exaggeration(power, size / abs(d), s.down / power)
-
-# %% ../../nbs/reproducibility/signal_to_noise.ipynb #f136f5e7
-def t_power(
-    d: ArrayLike, n: ArrayLike, *, paired: bool = False, alpha: float = 0.05
-) -> np.ndarray:
-    """Power of a two-sided t test; arguments as `selected`, broadcast."""
-    d, n = np.asarray(d, float), np.asarray(n, float)
-    df = n - 1 if paired else 2 * n - 2
-    shift = d * np.sqrt(n if paired else n / 2)
-    c = special.stdtrit(df, 1 - alpha / 2)
-    return stats.nct.sf(c, df, shift) + stats.nct.cdf(-c, df, shift)
-
-
-def seeds_for(
-    d: ArrayLike,
-    power: float = 0.8,
-    *,
-    paired: bool = False,
-    alpha: float = 0.05,
-    at_most: int = 2**20,
-) -> np.ndarray:
-    """Fewest seeds an arm with the power that is wanted.
-
-    Parameters
-    ----------
-    d
-        Standardised effects, any shape.
-    power, paired, alpha
-        As elsewhere.
-    at_most
-        Where to give up.
-
-    Returns
-    -------
-    ndarray of int
-        Of the shape of d.
-
-    Raises
-    ------
-    ValueError
-        If more than `at_most` seeds are needed, or power is no probability.
-    """
-    if not 0 < power < 1:
-        raise ValueError(f"power: got {power}; 0 to 1 is accepted")
-    d = np.abs(np.asarray(d, float))
-    low, high = np.full(d.shape, 1), np.full(d.shape, 2)
-
-    def short(n):
-        return t_power(d, n, paired=paired, alpha=alpha) < power
-
-    while (more := short(high)).any():
-        low, high = np.where(more, high, low), np.where(more, 2 * high, high)
-        if high.max() > at_most:
-            raise ValueError(
-                f"d: {d.min():.3g} needs more than {at_most} seeds"
-            )
-    while (high - low > 1).any():
-        middle = (low + high) // 2
-        more = short(np.maximum(middle, 2)) | (middle < 2)
-        low, high = np.where(more, middle, low), np.where(more, high, middle)
-    return high
-
-
-@dataclass(frozen=True)
-class SeedsNeeded:
-    """How many seeds pilot runs ask for.
-
-    Attributes
-    ----------
-    n : int
-        Seeds an arm if the pilot's standard deviation is right.
-    cautious : int
-        Seeds an arm if it is as large as its upper 80 % limit.
-    sd : float
-        Of differences if paired, else of runs, in the metric's unit.
-    correlation : float
-        Of the two arms; 0 if unpaired.
-    """
-
-    n: int
-    cautious: int
-    sd: float
-    correlation: float
-
-    def __repr__(self) -> str:
-        return (
-            f"SeedsNeeded({self.n} seeds an arm, {self.cautious} to be "
-            f"careful; sd {self.sd:.3g}, correlation "
-            f"{self.correlation:.2f})"
-        )
-
-
-def seeds_needed(
-    pilot_a: ArrayLike,
-    pilot_b: ArrayLike,
-    sesoi: float,
-    *,
-    power: float = 0.8,
-    paired: bool = True,
-    alpha: float = 0.05,
-) -> SeedsNeeded:
-    """Number of seeds to detect an effect, from a few pilot runs.
-
-    Parameters
-    ----------
-    pilot_a, pilot_b
-        A metric of two arms, one number per seed; the same seeds in the same
-        order if paired. At least 3.
-    sesoi
-        The smallest effect worth knowing, in the metric's unit. Never the
-        effect that the pilot showed: that one is noise.
-    power, alpha
-        Of the two-sided t test.
-    paired
-        Whether the study will share seeds between arms.
-
-    Returns
-    -------
-    SeedsNeeded
-
-    Raises
-    ------
-    ValueError
-        If pilots are too short, not finite, of unequal length though paired,
-        or do not vary; if sesoi is not positive.
-    """
-    a, b = np.asarray(pilot_a, float), np.asarray(pilot_b, float)
-    for name, x in (("pilot_a", a), ("pilot_b", b)):
-        if x.ndim != 1 or len(x) < 3 or not np.isfinite(x).all():
-            raise ValueError(
-                f"{name}: got {x}; one finite number for each of at least 3 "
-                "seeds is accepted"
-            )
-    if paired and len(a) != len(b):
-        raise ValueError(
-            f"pilot_a, pilot_b: {len(a)} and {len(b)} runs; paired designs "
-            "need one of each seed"
-        )
-    if not sesoi > 0:
-        raise ValueError(f"sesoi: got {sesoi}; a number above 0 is accepted")
-    if paired:
-        df, sd = len(a) - 1, (a - b).std(ddof=1)
-        flat = a.std() == 0 or b.std() == 0
-        r = 0.0 if flat else float(np.corrcoef(a, b)[0, 1])
-    else:
-        df, r = len(a) + len(b) - 2, 0.0
-        sd = math.sqrt((len(a) * a.var() + len(b) * b.var()) / df)
-    if not sd > 0:
-        raise ValueError("pilot_a, pilot_b: do not vary between seeds")
-    upper = sd * math.sqrt(df / stats.chi2.ppf(0.2, df))
-    n, cautious = seeds_for(
-        sesoi / np.array([sd, upper]), power, paired=paired, alpha=alpha
-    )
-    return SeedsNeeded(int(n), int(cautious), float(sd), r)
 
 # %% ../../nbs/reproducibility/signal_to_noise.ipynb #d3442c4d
 def pool(

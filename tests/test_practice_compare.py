@@ -167,11 +167,9 @@ def test_false_alarms_over_many_seeds():
     found = [compare_read(*drawn(s), n_boot=499)
              for s in range(5000, 5000 + times)]
     alarms = sum(bool(r.found) for r in found)
-    print(f"{alarms} alarms in {times}")
     assert stats.binomtest(alarms, times, 0.05, "greater").pvalue > 0.01
     for name in "NLL (nats)", "Brier", "overconfidence":
         alone = sum(r.changes[name].p < 0.05 for r in found)
-        print(f"{name}: {alone}")
         assert stats.binomtest(alone, times, 0.05).pvalue > 0.01
 
 

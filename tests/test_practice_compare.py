@@ -163,8 +163,8 @@ def test_false_alarms_are_kept_at_alpha():
 
 @pytest.mark.slow
 def test_false_alarms_over_many_seeds():
-    times = 1000
-    found = [compare_read(*drawn(s), n_boot=999)
+    times = 400
+    found = [compare_read(*drawn(s), n_boot=499)
              for s in range(5000, 5000 + times)]
     alarms = sum(bool(r.found) for r in found)
     assert stats.binomtest(alarms, times, 0.05, "greater").pvalue > 0.01

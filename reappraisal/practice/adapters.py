@@ -624,12 +624,17 @@ def _entry(out: Any, outputs: Any) -> Any:
     if isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
         return 0
     if isinstance(getattr(out, "logits", None), Tensor):
-        return lambda said: said.logits
+        return _logits
     raise ValueError(
         f"model: says {type(out).__name__}; a tensor, a tuple that begins "
         "with one, or a dictionary with 'logits' is accepted (or give "
         "outputs=, a function that finds the logits)"
     )
+
+
+def _logits(said: Any) -> Tensor:
+    """Of an object that has them as an attribute."""
+    return said.logits
 
 
 def _ending(model: nn.Module) -> nn.Module | None:
@@ -681,7 +686,7 @@ class _Recipe:
             if not isinstance(found, Mapping):
                 found = dict(enumerate(found))
             found = {k: _tensor(v) for k, v in found.items()}
-            if not found or None in found.values():
+            if not found or any(t is None for t in found.values()):
                 raise ValueError(
                     "inputs: the function gave something else than tensors "
                     "of one row a sample; these are accepted"

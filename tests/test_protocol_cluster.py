@@ -108,6 +108,19 @@ def hosts(tmp_path, book):
         hosts.close()
 
 
+def test_separate_hosts_share_no_files(book, hosts):
+    for name in "ab":
+        book.add(f"a/{name}", "import os",
+                 f"print(os.path.exists({str(CHECKOUT / 'nbs')!r} + "
+                 "'/index.ipynb'), os.path.exists("
+                 f"{str(book.root / 'settings.ini')!r}))")
+    out, _ = (run := hosts.run(book)).communicate(timeout=90)
+    assert run.returncode == 0, out
+    for name in "ab":
+        assert said_by(book, f"a/{name}") == "False False\n"
+
+
+@pytest.mark.slow
 def test_separate_hosts_and_a_cable_that_is_cut(book, hosts, tmp_path):
     """The chapter on the worker that is cut off goes to the other one."""
     log = tmp_path / "log"

@@ -273,7 +273,7 @@ def play(scene, faults, workers):
     run = scene.start("--workers", workers, **options)
     for fault in faults:
         if fault not in happened:
-            with suppress(Missed, psutil.NoSuchProcess):
+            with suppress(Missed, psutil.Error):
                 fault(scene, run)
                 happened.append(fault)
     out, _ = run.communicate(timeout=90)
@@ -436,7 +436,7 @@ def play_far(scene, fault):
         try:
             fault(scene, run)
             happened = True
-        except Missed:
+        except (Missed, psutil.Error):
             happened = False
         out, _ = run.communicate(timeout=120)
         assert run.returncode in (0, 1, -9), out

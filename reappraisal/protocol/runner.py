@@ -366,8 +366,15 @@ class OnDask:
         )
 
     def _end_cluster(self) -> None:
+        """End the workers at once: they have nothing that is not kept."""
+        from distributed.core import Status
+
+        for nanny in self.cluster.workers.values():
+            with suppress(Exception):
+                nanny.status = Status.closing_gracefully  # no new worker
+                nanny.process.process.kill()
         with suppress(Exception):
-            self.cluster.close(timeout=2)
+            self.cluster.close(timeout=10)
 
     def _connect(self) -> None:
         from distributed import Client
@@ -492,18 +499,11 @@ class OnDask:
 
     def close(self) -> None:
         """End whatever of ours still runs, and a cluster of our own."""
-        from distributed.core import Status
-
         left = list(self._futures.values())
         with suppress(Exception):
             if left and self.cluster is None and not self.lost:
                 self.client.cancel(left, force=True)
                 self.client.run(stop_jobs, self.topic, on_error="ignore")
-        if left and self.cluster is not None:
-            for nanny in self.cluster.workers.values():
-                with suppress(Exception):
-                    nanny.status = Status.closing_gracefully  # no new worker
-                    nanny.process.process.kill()
         self._leave.close()
 
 # %% ../../nbs/protocol/runner.ipynb #8a0148b2

@@ -838,8 +838,8 @@ def four_controls(
     stage
         "early" for early stopping, or "final".
     reads
-        `readings` of the whole bank at this stage, if there are any; the
-        networks' `second_look` is then left out.
+        `readings` of the whole bank at this stage, if there are any, with
+        igs if there is; the networks' `second_look` is then left out.
 
     Returns
     -------
@@ -870,9 +870,10 @@ def four_controls(
     else:
         found = {k: v[members] for k, v in reads.items()}
     found |= published(chosen, data)
-    found["igs"] = _numpy(
-        igs(chosen, (data[0][:16], data[1][:16]), rank=20)
-    )
+    if "igs" not in found:
+        found["igs"] = _numpy(
+            igs(chosen, (data[0][:16], data[1][:16]), rank=20)
+        )
     found = {k: v.reshape(len(CONTROLS), -1) for k, v in found.items()}
     tables = shifted(x, bank.problem.grid)
     rng = generator(0, "augmented")

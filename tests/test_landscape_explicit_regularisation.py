@@ -216,7 +216,7 @@ def test_rescaling_changes_no_decision(small, bank):
 
 def test_convolutional_networks_pass_through(small):
     bank = er.dose_response(
-        small, er.small_convnet(8, 10, 2),
+        small, er.small_convnet((8, 8), 10, 2),
         [er.Dose("none", 0.0, 1), er.Dose("dropout", 0.5, 1)], steps=3,
     )
     assert isinstance(bank.final, Ensemble)

@@ -45,9 +45,9 @@ __all__ = ['CONTROLS', 'PUBLISHED', 'FACTORIAL', 'SHIFTS', 'SPOILED', 'RATES', '
            'digits_task', 'signals_task', 'network', 'Bank', 'train_bank', 'published_readings', 'sharpness_table',
            'sibling_disagreement', 'jackknifed_disagreement', 'outcome_table', 'between_tau', 'long_table', 'Signs',
            'split_signs', 'planted_panel', 'weighted_fit', 'LossRegression', 'Circles', 'circle_points',
-           'train_circles', 'ranks_with', 'Regressions', 'train_regressions', 'eta_squared', 'at_equal_error', 'Panel',
-           'evidence_flattest', 'evidence_sharper', 'outside_ellipse', 'evidence_safer', 'signs_of',
-           'evidence_disagree', 'conflicts', 'evidence_picks', 'evidence_confidence', 'evidence_circles',
+           'train_circles', 'ranks_with', 'Regressions', 'train_regressions', 'eta_squared', 'beside_equal_error',
+           'at_equal_error', 'Panel', 'evidence_flattest', 'evidence_sharper', 'outside_ellipse', 'evidence_safer',
+           'signs_of', 'evidence_disagree', 'conflicts', 'evidence_picks', 'evidence_confidence', 'evidence_circles',
            'group_evidence']
 
 # %% ../../nbs/landscape/sharp_minima_reappraisal.ipynb #06506be7
@@ -966,23 +966,25 @@ class Regressions:
     error: np.ndarray
 
     def sharpness(
-        self, step: int, radius: float = 0.005, draws: int = 100
+        self, step: int, radius: float = 0.005, draws: int = 100,
+        which: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Log10 of SAM-sharpness at a snapshot, [functions, seeds].
 
         In double precision: a raw target's loss is large, its change small.
+        Functions that are not among `which` are NaN.
         """
         n = len(self.nets) // len(self.names)
         nets = self.nets.at(step)
-        rows = []
-        for i, target in enumerate(self.targets):
+        rows = np.full((len(self.names), n), math.nan)
+        for i in range(len(rows)) if which is None else which:
             some = nets[list(range(i * n, (i + 1) * n))]
             value = average_direction(
-                some, (self.x, target), "mse", radius=radius, n_draws=draws,
-                dtype=torch.float64,
+                some, (self.x, self.targets[i]), "mse", radius=radius,
+                n_draws=draws, dtype=torch.float64,
             )
-            rows.append(value.log10().cpu().double().numpy())
-        return np.stack(rows)
+            rows[i] = value.log10().cpu().double().numpy()
+        return rows
 
 
 def train_regressions(
@@ -1067,6 +1069,28 @@ def eta_squared(values: np.ndarray, w: np.ndarray) -> np.ndarray:
     return between / np.maximum((w * (v - grand) ** 2).sum(1), 1e-300)
 
 
+def beside_equal_error(error: np.ndarray) -> np.ndarray:
+    """Where `at_equal_error` looks.
+
+    Parameters
+    ----------
+    error : array [snapshots, functions, seeds]
+
+    Returns
+    -------
+    bool array [snapshots, functions]
+        The snapshots before and after a seed reaches the common error, and
+        the end.
+    """
+    common = np.median(error[-1], -1).max()
+    reached = np.minimum.accumulate(error, 0) <= common
+    edge = np.diff(reached, axis=0, prepend=False)  # the first to reach it
+    look = edge.any(-1)
+    look[:-1] |= edge[1:].any(-1)
+    look[-1] = True
+    return look
+
+
 def at_equal_error(
     error: np.ndarray, value: np.ndarray
 ) -> tuple[np.ndarray, float]:
@@ -1112,10 +1136,13 @@ class Panel:
     safe: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, bank: Bank, **options) -> Panel:
-        """Read a bank; options as for `sharpness_table`."""
-        sharp = sharpness_table(bank, **options)
-        return cls(bank.names, sharp, outcome_table(bank))
+    def of(
+        cls, bank: Bank, draws: int = 100,
+        severities: Sequence[int] = (1, 3, 5),
+    ) -> Panel:
+        """Read a bank; see `sharpness_table` and `outcome_table`."""
+        return cls(bank.names, sharpness_table(bank, draws),
+                   outcome_table(bank, severities))
 
     def rows(self, names: Sequence[str]) -> list[int]:
         """Where controls are."""

@@ -19,6 +19,7 @@ from reappraisal.landscape.sharp_minima_reappraisal import (
     LossRegression,
     Panel,
     at_equal_error,
+    beside_equal_error,
     between_tau,
     circle_points,
     conflicts,
@@ -331,6 +332,21 @@ def test_eta_squared_and_equal_error():
     equal, common = at_equal_error(error, value)
     np.testing.assert_allclose(equal, 3)
     np.testing.assert_allclose(common, math.exp(-3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5))
+def test_equal_error_looks_at_few_snapshots(seed, snapshots):
+    rng = np.random.default_rng(seed)
+    error = rng.lognormal(size=(snapshots, 3, 4)).round(1) + 0.1
+    value = rng.normal(size=error.shape)
+    look = beside_equal_error(error)
+    assert look[-1].all()
+    some = np.where(look[..., None], value, np.nan)
+    got, common = at_equal_error(error, some)
+    want, same = at_equal_error(error, value)
+    assert common == same
+    np.testing.assert_array_equal(got, want)
 
 
 def test_shifts_and_flips():

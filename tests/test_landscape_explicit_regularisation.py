@@ -216,7 +216,7 @@ def test_rescaling_changes_no_decision(small, bank):
 
 def test_convolutional_networks_pass_through(small):
     bank = er.dose_response(
-        small, er.small_convnet(8, 10, 2),
+        small, er.small_convnet((8, 8), 10, 2),
         [er.Dose("none", 0.0, 1), er.Dose("dropout", 0.5, 1)], steps=3,
     )
     assert isinstance(bank.final, Ensemble)
@@ -226,15 +226,15 @@ def test_convolutional_networks_pass_through(small):
 # --- rules: planted effects, planted nulls
 
 
-def table(rng, effect):
+def table(rng, effect, seeds=24):
     """Readings of five controls of 24 seeds with a given log ratio."""
-    out = {}
+    out, size = {}, (5, seeds)
     for m in ("fr", "rf", "sam"):
-        logs = 0.1 * rng.normal(size=(5, 24))
+        logs = 0.1 * rng.normal(size=size)
         logs[2:4] += effect
         out[m] = np.exp(logs)
-    out["gap"] = 0.1 + 0.01 * rng.normal(size=(5, 24))
-    out["ece"] = 0.1 + 0.002 * rng.normal(size=(5, 24))
+    out["gap"] = 0.1 + 0.01 * rng.normal(size=size)
+    out["ece"] = 0.1 + 0.002 * rng.normal(size=size)
     out["ece"][2:4] -= 0.03 * np.sign(effect) if effect else 0.0
     return out
 
@@ -251,6 +251,35 @@ def test_the_headline_rule_finds_what_is_planted(effect, verdict):
         seeds=range(1000, 1024), seconds=0,
     )
     assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "effect, verdict",
+    [(0.5, "reproduced"), (-0.5, "not reproduced"), (0.0, "inconclusive")],
+)
+def test_so_does_the_rule_of_convolutional_networks(effect, verdict):
+    rng = np.random.default_rng(3)
+    claim = Claim.load("A06/sharper-yet-better-calibrated-conv")
+    found = er.evidence_sharper(
+        {s: table(rng, effect, 12) for s in er.TUNED}
+    )
+    found = {k: v for k, v in found.items() if k in claim.entry["criteria"]}
+    got = claim.judge(found, scale="book", seeds=range(1000, 1012), seconds=0)
+    assert got.verdict == verdict
+
+
+def test_a_control_that_does_nothing_is_the_baseline():
+    task = er.problem("waves", 120, 150)
+    seeds = [1, 2]
+    tuned = {"dropout": 0.0, "decay": 0.0, "shift": 0.0}
+    bank = er.dose_response(
+        task, er.small_convnet(task.grid, 10, 2),
+        er.planned(seeds, seeds, {}, tuned), steps=20, batch_size=32,
+    )
+    found = er.four_controls(bank, tuned, seeds)
+    for m in ("fr", "rf", "sam", "ece"):
+        assert (found[m][1:4] == found[m][0]).all()
+        assert (found[m][4] != found[m][0]).any()  # its own batches
 
 
 def test_without_overconfidence_there_is_nothing_to_claim():

@@ -1,6 +1,7 @@
 """The chapter on sharp minima: statistics, planted effects and nulls."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from reappraisal.landscape.sharp_minima_reappraisal import (
     LossRegression,
     Panel,
     at_equal_error,
+    beside_equal_error,
     between_tau,
     circle_points,
     conflicts,
@@ -26,6 +28,7 @@ from reappraisal.landscape.sharp_minima_reappraisal import (
     evidence_circles,
     evidence_disagree,
     evidence_flattest,
+    evidence_picks,
     evidence_safer,
     evidence_sharper,
     flip_labels,
@@ -33,12 +36,15 @@ from reappraisal.landscape.sharp_minima_reappraisal import (
     jackknifed_disagreement,
     long_table,
     network,
+    outcome_table,
     outside_ellipse,
     planted_panel,
     ranks_with,
+    rolled,
     sharpness_table,
     shifted,
     sibling_disagreement,
+    signals_task,
     split_signs,
     train_bank,
     train_circles,
@@ -114,6 +120,57 @@ def test_a_loud_placebo_withholds_the_verdict():
     found = judged("regularised-minima-are-sharper",
                    evidence_sharper(panel(0.8, noise=0.02), p))
     assert found["verdict"] == "invalid"
+
+
+def test_on_signals_the_same_rules_find_the_same_planted_effects():
+    slug = "baseline-is-flattest-and-never-best-mnist1d"
+    for shift, better, verdict in (
+        (1.0, 0.2, {"reproduced"}), (-1.0, 0.2, {"not reproduced"}),
+        (0.0, 0.0, {"inconclusive", "not reproduced"}),
+    ):
+        both = {
+            k: panel(shift, better, seed=i) for i, k in enumerate(("mlp", "ln"))
+        }
+        assert judged(slug, evidence_flattest(both))["verdict"] in verdict
+    # one architecture up and one down is no answer
+    split = {"mlp": panel(1.0, 0.2), "ln": panel(-1.0, 0.2, seed=1)}
+    assert judged(slug, evidence_flattest(split))["verdict"] == "inconclusive"
+    slug = "regularised-minima-are-sharper-mnist1d"
+    for shift, verdict in ((0.8, "reproduced"), (-0.8, "not reproduced"),
+                           (0.0, "inconclusive")):
+        both = panel(shift, noise=0.02), panel(shift, noise=0.02, seed=1)
+        assert judged(slug, evidence_sharper(*both))["verdict"] == verdict
+
+
+def test_on_signals_both_architectures_must_conflict():
+    def one(conflict):
+        p = panel(0.0)
+        if conflict:
+            row = list(CONTROLS).index("wd")
+            p.sharp["trace"][row] *= 3
+            p.sharp["rf"][row] /= 3
+        return p
+
+    moved = dict.fromkeys(
+        ("rescale_logits", "rescale_trace", "rescale_invariant"), [0.0]
+    )
+    for a, b, verdict in ((1, 1, "reproduced"), (1, 0, "inconclusive"),
+                          (0, 0, "not reproduced")):
+        found = evidence_picks({"mlp": [one(0), one(a)], "ln": [one(b)]},
+                               moved)
+        got = judged("the-measure-picks-the-verdict-mnist1d", found)
+        assert got["verdict"] == verdict
+
+
+def test_on_signals_relations_that_dissolve_are_counted():
+    slug = "within-and-between-disagree-mnist1d"
+    for kind, verdict in (("dissolution", "reproduced"),
+                          ("one latent", "not reproduced")):
+        x, y = planted_panel(kind, 4)
+        p = Panel(FACTORIAL, dict(zip(SIX, x, strict=True)),
+                  dict(zip(OUTCOMES, y, strict=True)))
+        found = judged(slug, evidence_disagree(p, planted=2))
+        assert found["verdict"] == verdict
 
 
 def test_sharper_and_safer_follows_the_planted_sign():
@@ -277,6 +334,21 @@ def test_eta_squared_and_equal_error():
     np.testing.assert_allclose(common, math.exp(-3))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5))
+def test_equal_error_looks_at_few_snapshots(seed, snapshots):
+    rng = np.random.default_rng(seed)
+    error = rng.lognormal(size=(snapshots, 3, 4)).round(1) + 0.1
+    value = rng.normal(size=error.shape)
+    look = beside_equal_error(error)
+    assert look[-1].all()
+    some = np.where(look[..., None], value, np.nan)
+    got, common = at_equal_error(error, some)
+    want, same = at_equal_error(error, value)
+    assert common == same
+    np.testing.assert_array_equal(got, want)
+
+
 def test_shifts_and_flips():
     x = torch.rand(5, 64)
     nine = shifted(x)
@@ -323,6 +395,26 @@ def test_controls_share_their_start_and_placebos_their_course(bank):
     assert (table["own_fr"][row("base")] == table["clean_fr"][0]).all()
     assert (table["own_fr"][row("aug")] != table["clean_fr"][row("aug")]
             ).all()
+
+
+def test_without_shifts_augmentation_is_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("reappraisal.lab.zoo.cache_dir", lambda: tmp_path)
+    task = signals_task(0.1, rows=60)
+    x = torch.arange(40.0)[None]
+    assert (rolled(x)[:, 0, 0] == torch.tensor(
+        [0.0, 4, 3, 2, 1, 39, 38, 37, 36])).all()
+    again = signals_task(0.1, rows=60)
+    assert torch.equal(task.augmented, again.augmented)
+    assert task.units.low < 0 < task.units.high
+    moved = train_bank("mlp", task, [1, 2, 3], ("base", "aug"), steps=20)
+    safe = outcome_table(moved, (1,))
+    assert safe["corruption"].shape == (2, 3)
+    assert (sharpness_table(moved, draws=2)["fr"][0]
+            != sharpness_table(moved, draws=2)["fr"][1]).all()
+    still = replace(task, table=task.table[:1].expand(9, -1, -1))
+    bank = train_bank("mlp", still, [1, 2, 3], ("base", "aug"), steps=20)
+    base, aug = sharpness_table(bank, draws=2)["fr"]
+    assert (base == aug).all()
 
 
 def test_a_bank_stops_at_its_loss():

@@ -104,19 +104,28 @@ def perceptron(inputs: int, hidden: int, classes: int) -> nn.Sequential:
     )
 
 
-def small_convnet(side: int, classes: int, channels: int = 8) -> nn.Module:
+def small_convnet(
+    grid: Sequence[int], classes: int, channels: int = 8
+) -> nn.Module:
     """Two convolutions of stride 2, a gate, a linear layer.
 
-    Takes rows of side * side numbers.
+    Parameters
+    ----------
+    grid
+        Shape of an input, one or two sides; it takes flat rows.
+    classes, channels
+        Of the output, and of the first convolution; the second has twice
+        as many.
     """
-    left = -(-side // 4)
-    width = 2 * channels * left * left
+    conv = nn.Conv1d if len(grid) == 1 else nn.Conv2d
+    width = 2 * channels * math.prod(-(-n // 4) for n in grid)
     return nn.Sequential(
-        nn.Unflatten(1, (1, side, side)),
-        nn.Conv2d(1, channels, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Unflatten(1, (1, *grid)),
+        conv(1, channels, 3, stride=2, padding=1), nn.ReLU(),
+        conv(channels, 2 * channels, 3, stride=2, padding=1), nn.ReLU(),
         nn.Flatten(), Gate(width), nn.Linear(width, classes),
     )
+
 
 # %% ../../nbs/landscape/explicit_regularisation.ipynb #24a96c5a
 @dataclass(frozen=True)
@@ -811,7 +820,7 @@ def planned(
     jobs = [Dose("none", 0.0, s) for s in (*seeds, *more)]
     for knob, amounts in doses.items():
         jobs += [Dose(knob, float(a), s) for a in amounts for s in seeds]
-    steps = max(map(len, doses.values()))
+    steps = max(map(len, doses.values()), default=0)
     jobs += [
         Dose("idle", float(j + 1), s) for j in range(steps) for s in seeds
     ]
@@ -838,8 +847,8 @@ def four_controls(
     stage
         "early" for early stopping, or "final".
     reads
-        `readings` of the whole bank at this stage, if there are any; the
-        networks' `second_look` is then left out.
+        `readings` of the whole bank at this stage, if there are any, with
+        igs if there is; the networks' `second_look` is then left out.
 
     Returns
     -------
@@ -870,9 +879,10 @@ def four_controls(
     else:
         found = {k: v[members] for k, v in reads.items()}
     found |= published(chosen, data)
-    found["igs"] = _numpy(
-        igs(chosen, (data[0][:16], data[1][:16]), rank=20)
-    )
+    if "igs" not in found:
+        found["igs"] = _numpy(
+            igs(chosen, (data[0][:16], data[1][:16]), rank=20)
+        )
     found = {k: v.reshape(len(CONTROLS), -1) for k, v in found.items()}
     tables = shifted(x, bank.problem.grid)
     rng = generator(0, "augmented")

@@ -16,7 +16,7 @@ from scipy import stats
 from sklearn.datasets import make_circles
 from torch import Tensor, nn
 
-from ..lab.data import digits
+from ..lab.data import digits, mnist1d
 from ..lab.ensemble import SGD, Adam, Ensemble, State, train
 from ..lab.models import generator, mlp
 from ..lab.optimisers import SAM
@@ -28,7 +28,7 @@ from reappraisal.measure.curvature import (
     top_eigenvalue,
     trace,
 )
-from ..measure.robustness import corruption_curve
+from ..measure.robustness import Units, corruption_curve
 from reappraisal.measure.sharpness import (
     average_direction,
     fisher_rao,
@@ -40,14 +40,14 @@ from reappraisal.measure.sharpness import (
 from ..protocol.statistics import holm
 
 # %% auto #0
-__all__ = ['CONTROLS', 'PUBLISHED', 'FACTORIAL', 'SHIFTS', 'RATES', 'NETS', 'SIX', 'FORGEABLE', 'INVARIANT', 'THREE', 'OUTCOMES',
-           'SPOILED', 'RATIOS', 'OBJECTIVES', 'PUBLISHED_TABLE', 'Control', 'shifted', 'flip_labels', 'Task',
-           'digits_task', 'network', 'Bank', 'train_bank', 'published_readings', 'sharpness_table',
+__all__ = ['CONTROLS', 'PUBLISHED', 'FACTORIAL', 'SHIFTS', 'SPOILED', 'RATES', 'NETS', 'SIX', 'FORGEABLE', 'INVARIANT', 'THREE',
+           'OUTCOMES', 'RATIOS', 'OBJECTIVES', 'PUBLISHED_TABLE', 'Control', 'shifted', 'rolled', 'flip_labels', 'Task',
+           'digits_task', 'signals_task', 'network', 'Bank', 'train_bank', 'published_readings', 'sharpness_table',
            'sibling_disagreement', 'jackknifed_disagreement', 'outcome_table', 'between_tau', 'long_table', 'Signs',
            'split_signs', 'planted_panel', 'weighted_fit', 'LossRegression', 'Circles', 'circle_points',
-           'train_circles', 'ranks_with', 'Regressions', 'train_regressions', 'eta_squared', 'at_equal_error', 'Panel',
-           'evidence_flattest', 'evidence_sharper', 'outside_ellipse', 'evidence_safer', 'signs_of',
-           'evidence_disagree', 'conflicts', 'evidence_picks', 'evidence_confidence', 'evidence_circles',
+           'train_circles', 'ranks_with', 'Regressions', 'train_regressions', 'eta_squared', 'beside_equal_error',
+           'at_equal_error', 'Panel', 'evidence_flattest', 'evidence_sharper', 'outside_ellipse', 'evidence_safer',
+           'signs_of', 'evidence_disagree', 'conflicts', 'evidence_picks', 'evidence_confidence', 'evidence_circles',
            'group_evidence']
 
 # %% ../../nbs/landscape/sharp_minima_reappraisal.ipynb #06506be7
@@ -111,6 +111,15 @@ def shifted(x: Tensor, side: int = 8) -> Tensor:
     ])
 
 
+def rolled(x: Tensor) -> Tensor:
+    """Signals [N, L] moved in a circle, by -4 to 4 points: [9, N, L].
+
+    The first is x.
+    """
+    steps = (0, -4, -3, -2, -1, 1, 2, 3, 4)
+    return torch.stack([x.roll(k, 1) for k in steps])
+
+
 def flip_labels(y: Tensor, share: float, classes: int, seed: int) -> Tensor:
     """Replace a share of the labels by other ones.
 
@@ -140,19 +149,28 @@ def flip_labels(y: Tensor, share: float, classes: int, seed: int) -> Tensor:
     return out
 
 
+SPOILED = (
+    "gaussian_noise", "gaussian_blur", "contrast", "rotation", "occlusion"
+)
+
+
 @dataclass(frozen=True)
 class Task:
-    """Digits to train on and to test on.
+    """What to train on and to test on.
 
     Attributes
     ----------
-    table : Tensor [9, N, 64]
-        Training images and their shifts.
+    table : Tensor [9, N, D]
+        Training inputs and their shifts.
     y : Tensor [N]
         Training labels, some of them flipped.
-    augmented : Tensor [N, 64]
-        One random shift of every training image.
+    augmented : Tensor [N, D]
+        One random shift of every training input.
     test_x, test_y : Tensor
+    item : tuple of int
+        Shape of an input, without its batch.
+    spoiled : tuple of str
+        Corruptions of the test inputs.
     """
 
     table: Tensor
@@ -160,17 +178,41 @@ class Task:
     augmented: Tensor
     test_x: Tensor
     test_y: Tensor
+    item: tuple[int, ...] = (1, 8, 8)
+    spoiled: tuple[str, ...] = SPOILED
+
+    @classmethod
+    def of(
+        cls, table: Tensor, y: Tensor, test, flips: float, seed: int,
+        device: str, **rest,
+    ) -> Task:
+        """Flip labels, draw one shift of each input, move to a device."""
+        n = len(y)
+        y = flip_labels(y, flips, 10, seed)
+        rng = generator(seed, "shifts")
+        which = torch.randint(len(table), (n,), generator=rng)
+        tensors = table, y, table[which, torch.arange(n)], *test
+        return cls(*(t.to(device) for t in tensors), **rest)
 
     def seen(self, augment: bool) -> tuple[Tensor, Tensor]:
         """What sharpness is read on: the training set, or shifts of it."""
         return (self.augmented if augment else self.table[0]), self.y
+
+    @property
+    def units(self) -> Units:
+        """In which the strength of a corruption is measured."""
+        if len(self.item) == 3:
+            return Units()
+        return Units.of_data(
+            self.table[0].view(-1, *self.item), per_feature=False
+        )
 
 
 def digits_task(
     flips: float = 0.0, rows: int = 400, seed: int = 1000,
     device: str = "cpu",
 ) -> Task:
-    """The task of this chapter.
+    """Digits.
 
     Parameters
     ----------
@@ -182,33 +224,44 @@ def digits_task(
         Of split, flips and shifts.
     device : str
     """
-    split = digits().split(seed, (rows, 300, 1097))
-    fit, test = split[0], split[2]
+    fit, _, test = digits().split(seed, (rows, 300, 1097))
     table = shifted(fit.X.flatten(1))
-    y = flip_labels(fit.y, flips, 10, seed)
-    rng = generator(seed, "shifts")
-    which = torch.randint(len(SHIFTS), (rows,), generator=rng)
-    augmented = table[which, torch.arange(rows)]
-    tensors = table, y, augmented, test.X.flatten(1), test.y
-    return Task(*(t.to(device) for t in tensors))
+    return Task.of(
+        table, fit.y, (test.X.flatten(1), test.y), flips, seed, device
+    )
+
+
+def signals_task(
+    flips: float = 0.0, rows: int = 400, seed: int = 1000,
+    device: str = "cpu",
+) -> Task:
+    """MNIST-1D; as `digits_task`, with 1100 other signals for testing."""
+    fit, _, test = mnist1d(1500, seed).split(seed, (rows, 0, 1100))
+    return Task.of(
+        rolled(fit.X), fit.y, (test.X, test.y), flips, seed, device,
+        item=(1, 40), spoiled=SPOILED[:3] + ("missing", "occlusion"),
+    )
+
 
 # %% ../../nbs/landscape/sharp_minima_reappraisal.ipynb #7f1b997b
 RATES = {"mlp": 0.1, "ln": 0.05, "conv": 0.1}
 NETS = {"mlp": "MLP", "ln": "LayerNorm MLP", "conv": "conv net"}
 
 
-def network(kind: str) -> nn.Module:
-    """One of the three architectures, for flat images of 64 pixels.
+def network(kind: str, inputs: int = 64) -> nn.Module:
+    """One of the three architectures, for flat inputs.
 
     Parameters
     ----------
     kind : str
         "mlp", "ln" or "conv".
+    inputs : int
+        64 for the conv net.
     """
     if kind not in NETS:
         raise ValueError(f"kind: got {kind!r}; {list(NETS)} are accepted")
     if kind != "conv":
-        return mlp((64, 64, 10), norm="layer" if kind == "ln" else None)
+        return mlp((inputs, 64, 10), norm="layer" if kind == "ln" else None)
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, 8, 3, stride=2, padding=1),
@@ -282,7 +335,8 @@ def train_bank(
     -------
     Bank
     """
-    n = task.table.shape[1]
+    n, inputs = task.table.shape[1:]
+    module = network(kind, inputs)
     every = torch.arange(9 * n)
     alone = every % n
     data = task.table.flatten(0, 1), task.y.repeat(9)
@@ -316,7 +370,7 @@ def train_bank(
             "device": device,
         }
         if until is None:
-            parts.append(parents(network(kind), data, **options))
+            parts.append(parents(module, data, **options))
         else:
             def stop(state: State) -> None:
                 out = state.outputs(task.table[0])
@@ -324,7 +378,7 @@ def train_bank(
                 loss = F.cross_entropy(out.mT, y, reduction="none").mean(1)
                 state.stop(loss <= until)
 
-            parts.append(train(network(kind), data, callbacks=stop, every=5,
+            parts.append(train(module, data, callbacks=stop, every=5,
                                **options))
     nets = Ensemble.join([replace(p, history={}) for p in parts])
     where = {pair: i for i, pair in enumerate(order)}
@@ -416,11 +470,6 @@ OUTCOMES = {
     "corruption": "accuracy, corrupted",
     "agreement": "− disagreement",
 }
-SPOILED = (
-    "gaussian_noise", "gaussian_blur", "contrast", "rotation", "occlusion"
-)
-
-
 def sibling_disagreement(top: np.ndarray) -> np.ndarray:
     """Mean share of differing labels between each row and the others.
 
@@ -500,7 +549,8 @@ def outcome_table(
     top = logits.argmax(-1).cpu().numpy()
     top = top.reshape(len(bank.names), len(bank.seeds), -1)
     spoiled = corruption_curve(
-        bank.nets, (x, y), SPOILED, severities, item=(1, 8, 8)
+        bank.nets, (x, y), bank.task.spoiled, severities,
+        units=bank.task.units, item=bank.task.item,
     )
     return {
         "accuracy": bank.grid((logits.argmax(-1) == y).double().mean(-1)),
@@ -916,23 +966,25 @@ class Regressions:
     error: np.ndarray
 
     def sharpness(
-        self, step: int, radius: float = 0.005, draws: int = 100
+        self, step: int, radius: float = 0.005, draws: int = 100,
+        which: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Log10 of SAM-sharpness at a snapshot, [functions, seeds].
 
         In double precision: a raw target's loss is large, its change small.
+        Functions that are not among `which` are NaN.
         """
         n = len(self.nets) // len(self.names)
         nets = self.nets.at(step)
-        rows = []
-        for i, target in enumerate(self.targets):
+        rows = np.full((len(self.names), n), math.nan)
+        for i in range(len(rows)) if which is None else which:
             some = nets[list(range(i * n, (i + 1) * n))]
             value = average_direction(
-                some, (self.x, target), "mse", radius=radius, n_draws=draws,
-                dtype=torch.float64,
+                some, (self.x, self.targets[i]), "mse", radius=radius,
+                n_draws=draws, dtype=torch.float64,
             )
-            rows.append(value.log10().cpu().double().numpy())
-        return np.stack(rows)
+            rows[i] = value.log10().cpu().double().numpy()
+        return rows
 
 
 def train_regressions(
@@ -1017,6 +1069,28 @@ def eta_squared(values: np.ndarray, w: np.ndarray) -> np.ndarray:
     return between / np.maximum((w * (v - grand) ** 2).sum(1), 1e-300)
 
 
+def beside_equal_error(error: np.ndarray) -> np.ndarray:
+    """Where `at_equal_error` looks.
+
+    Parameters
+    ----------
+    error : array [snapshots, functions, seeds]
+
+    Returns
+    -------
+    bool array [snapshots, functions]
+        The snapshots before and after a seed reaches the common error, and
+        the end.
+    """
+    common = np.median(error[-1], -1).max()
+    reached = np.minimum.accumulate(error, 0) <= common
+    edge = np.diff(reached, axis=0, prepend=False)  # the first to reach it
+    look = edge.any(-1)
+    look[:-1] |= edge[1:].any(-1)
+    look[-1] = True
+    return look
+
+
 def at_equal_error(
     error: np.ndarray, value: np.ndarray
 ) -> tuple[np.ndarray, float]:
@@ -1062,10 +1136,13 @@ class Panel:
     safe: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, bank: Bank, **options) -> Panel:
-        """Read a bank; options as for `sharpness_table`."""
-        sharp = sharpness_table(bank, **options)
-        return cls(bank.names, sharp, outcome_table(bank))
+    def of(
+        cls, bank: Bank, draws: int = 100,
+        severities: Sequence[int] = (1, 3, 5),
+    ) -> Panel:
+        """Read a bank; see `sharpness_table` and `outcome_table`."""
+        return cls(bank.names, sharpness_table(bank, draws),
+                   outcome_table(bank, severities))
 
     def rows(self, names: Sequence[str]) -> list[int]:
         """Where controls are."""

@@ -529,16 +529,18 @@ def temperature_scale(
         )
     z = as_logits(logits).double()
     y = as_labels(y, z)
-    z = z - z.amax(-1, keepdim=True)
-    flat = (z == 0).all(-1).all(-1)
-    own = z.gather(-1, y[..., None])[..., 0].mean(-1)
+    low = z - z.amax(-1, keepdim=True)
+    flat = (low == 0).all(-1).all(-1)
+    own = low.gather(-1, y[..., None])[..., 0].mean(-1)
+    low = low.mT.contiguous()  # sums over few classes are slow at the end
 
     def slope(x):
         """First and second derivative by log beta."""
         beta = x.exp()
-        p = (beta[..., None, None] * z).softmax(-1)
-        mean = (p * z).sum(-1)
-        var = (p * z.square()).sum(-1) - mean.square()
+        part = (beta[..., None, None] * low).exp_()
+        total = part.sum(-2)
+        mean = part.mul_(low).sum(-2) / total
+        var = part.mul_(low).sum(-2) / total - mean.square()
         first = beta * (mean.mean(-1) - own)
         return first, first + beta.square() * var.mean(-1)
 

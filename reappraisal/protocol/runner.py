@@ -47,6 +47,7 @@ from reappraisal.protocol.execute import (
     stop_jobs,
 )
 from reappraisal.protocol.kernels import (
+    CLUSTER,
     ForkServer,
     core_count,
 )
@@ -199,6 +200,7 @@ def run_on_worker(job: Job, topic: str) -> Result:
     from distributed import get_worker
 
     worker = get_worker()
+    os.environ[CLUSTER] = worker.scheduler.address
 
     def tell(event: dict) -> None:
         worker.log_event(topic, event | {"label": job.label})

@@ -144,7 +144,10 @@ def _in_processes(workers: int, threads: int, tasks: Sequence) -> Iterator:
         with parallel_config("loky", inner_max_num_threads=threads):
             # one job only would be done in this process
             pool = Parallel(
-                workers, batch_size=1, return_as="generator_unordered"
+                workers,
+                batch_size=1,
+                pre_dispatch=workers,
+                return_as="generator_unordered",
             )
         parent = os.getpid()
         outcomes = pool(

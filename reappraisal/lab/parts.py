@@ -310,7 +310,7 @@ def run_parts(
     if client is not None:
         outcomes = _on_cluster(client, resources, tasks)
     elif workers > 1 and total > 1:
-        outcomes = _in_processes(workers, threads, tasks)
+        outcomes = _in_processes(min(workers, total), threads, tasks)
     else:
         outcomes = ((i, do_part(*task)) for i, task in enumerate(tasks))
     results: list = [None] * total

@@ -26,13 +26,14 @@ from torch.func import functional_call, vmap
 
 from ..protocol.cache import Damaged, write_whole
 from .models import checked_seed, generator, reset
+from .parts import run_parts
 
 # %% auto #0
-__all__ = ['Hyper', 'Schedule', 'LOSSES', 'BLOCK', 'Stack', 'Optimiser', 'scaled_', 'scaled_add_', 'leak_', 'approach_', 'SGD',
-           'Adam', 'AdamW', 'cosine', 'stepwise', 'Trace', 'FirstStep', 'first_step', 'until', 'Batch', 'State', 'Fit',
-           'DivergenceWarning', 'Run', 'fit', 'check_stackable', 'vmapped', 'cross_entropy', 'squared_error',
-           'criterion_of', 'accuracy', 'Supervised', 'Batches', 'Scores', 'Ensemble', 'chain_of', 'ChainSupervised',
-           'untrained', 'Watch', 'train', 'sweep']
+__all__ = ['Hyper', 'Schedule', 'LOSSES', 'BLOCK', 'PARTS', 'WIDTH', 'Stack', 'Optimiser', 'scaled_', 'scaled_add_', 'leak_',
+           'approach_', 'SGD', 'Adam', 'AdamW', 'cosine', 'stepwise', 'Trace', 'FirstStep', 'first_step', 'until',
+           'Batch', 'State', 'Fit', 'DivergenceWarning', 'Run', 'fit', 'check_stackable', 'vmapped', 'cross_entropy',
+           'squared_error', 'criterion_of', 'accuracy', 'Supervised', 'Batches', 'Scores', 'Ensemble', 'chain_of',
+           'ChainSupervised', 'untrained', 'Watch', 'train', 'sweep']
 
 # %% ../../nbs/lab/ensemble.ipynb #4713de94
 class Stack:
@@ -491,6 +492,17 @@ class Fit:
 class DivergenceWarning(RuntimeWarning):
     """Some members' loss became infinite or undefined."""
 
+
+def _warn_of(lost: Tensor) -> None:
+    """Tell which members diverged, where any did."""
+    if lost.any():
+        warnings.warn(
+            f"{int(lost.sum())} of {len(lost)} members diverged: "
+            f"{lost.nonzero().flatten().tolist()}",
+            DivergenceWarning,
+            stacklevel=3,
+        )
+
 # %% ../../nbs/lab/ensemble.ipynb #65449896
 def _column(
     name: str, value: Hyper, size: int, device: torch.device
@@ -875,13 +887,7 @@ def fit(
     run.stopped_at[run.members] = t
     stopped_at = run.stopped_at.cpu()
     stopped_at[lost] = _first_bad(history["loss"])[lost]
-    if lost.any():
-        warnings.warn(
-            f"{int(lost.sum())} of {size} members diverged: "
-            f"{lost.nonzero().flatten().tolist()}",
-            DivergenceWarning,
-            stacklevel=2,
-        )
+    _warn_of(lost)
     seconds = time.perf_counter() - began
     return Fit(final, history, stopped_at, lost, snapshots, seconds)
 
@@ -2045,6 +2051,19 @@ def _member_bytes(start: Ensemble, rows: int, x: Tensor) -> int:
     return width * (6 * weights + 3 * rows * (sum(sizes) + x[0].numel()))
 
 
+PARTS, WIDTH = 8, 16  # a sweep's parts at least, unless narrower than that
+
+
+def _part_name(number: int, of: int, members, grid, points, seeds) -> str:
+    """What an error calls a part of a sweep."""
+    values = zip(grid, zip(*points, strict=True), strict=True)
+    told = [f"{k} {_shown(v)}" for k, v in values]
+    return (
+        f"part {number} of {of} (members {members[0]} to {members[-1]}: "
+        f"{', '.join(told)}, seeds {_shown(seeds)})"
+    )
+
+
 def sweep(
     model: Any,
     data: Any,
@@ -2056,6 +2075,11 @@ def sweep(
     memory: float = 2**30,
     rows: Tensor | None = None,
     batch_size: int | None = None,
+    workers: int = 1,
+    client: Any = None,
+    resources: Mapping[str, float] | None = None,
+    threads: int = 1,
+    progress: Callable[[int, int], None] | None = None,
     **rest: Any,
 ) -> Ensemble:
     """Every combination of hyperparameters, for every seed.
@@ -2071,17 +2095,33 @@ def sweep(
     optimiser
         Gives the other hyperparameters.
     chunk
-        Members per stack; by default as many as `memory` allows.
+        Members per stack, which is a part of the sweep; by default an eighth
+        of all, but not fewer than 16 nor more than `memory` allows.
     memory
         Bytes the stack may take, roughly.
     rows
         `[len(seeds), M]`: the rows of the data for each seed.
+    workers, client, resources, threads, progress
+        Who trains the parts, as for `lab.parts.run_parts`. It makes no
+        difference to the networks, nor to their history: each part begins
+        with its own copies of `callbacks` and other functions, which number
+        the members of their part from 0. From other processes the networks
+        come back on the CPU.
 
     Returns
     -------
     Ensemble
         Combinations in the order of `itertools.product`, seeds innermost;
-        `hyper` tells which is which and `where` picks.
+        `hyper` tells which is which and `where` picks. `seconds` are those
+        of all parts together.
+
+    Raises
+    ------
+    PartFailed
+        If a part ends with an error; where `train` refuses an argument it is
+        a ValueError, too.
+    WorkersLost
+        If the processes that train a part die again and again.
     """
     known = [f.name for f in fields(optimiser)]
     if not grid or set(grid) - set(known):
@@ -2105,22 +2145,30 @@ def sweep(
         count = batch_size or len(x if rows is None else rows[0])
         x = torch.as_tensor(x)[:1]
         x = x.to(dtype) if dtype and x.is_floating_point() else x
-        chunk = int(memory // _member_bytes(start, count, x))
+        fits = int(memory // _member_bytes(start, count, x))
+        chunk = min(fits, max(WIDTH, math.ceil(len(jobs) / PARTS)))
     if chunk < 1:
         raise ValueError(
             "chunk, memory: too small; one member at least must fit"
         )
     chunk = math.ceil(len(jobs) / math.ceil(len(jobs) / chunk))
-    parts = []
-    for at in range(0, len(jobs), chunk):
-        some = jobs[at : at + chunk]
+    cuts = [
+        range(at, min(at + chunk, len(jobs)))
+        for at in range(0, len(jobs), chunk)
+    ]
+    away = client is not None or workers > 1
+
+    def one(members: range) -> Ensemble:
+        some = [jobs[i] for i in members]
         values = zip(*(p for p, _ in some), strict=True)
         columns = {
             k: torch.tensor(v, dtype=torch.float64)
             for k, v in zip(grid, values, strict=True)
         }
-        parts.append(
-            train(
+        with warnings.catch_warnings():
+            # the whole sweep tells, with its own numbers
+            warnings.simplefilter("ignore", DivergenceWarning)
+            trained = train(
                 model,
                 data,
                 seeds=[seeds[k] for _, k in some],
@@ -2129,5 +2177,30 @@ def sweep(
                 batch_size=batch_size,
                 **rest,
             )
+        return trained.to("cpu") if away else trained
+
+    names = [
+        _part_name(
+            number,
+            len(cuts),
+            members,
+            grid,
+            [jobs[i][0] for i in members],
+            [seeds[jobs[i][1]] for i in members],
         )
-    return Ensemble.join(parts)
+        for number, members in enumerate(cuts, 1)
+    ]
+    trained = run_parts(
+        one,
+        cuts,
+        names=names,
+        workers=workers,
+        client=client,
+        resources=resources,
+        threads=threads,
+        progress=progress,
+    )
+    whole = Ensemble.join(trained)
+    _warn_of(whole.diverged)
+    loss, smoothing = rest.get("loss", "cross_entropy"), rest.get("smoothing")
+    return replace(whole, criterion=criterion_of(loss, smoothing or 0.0))

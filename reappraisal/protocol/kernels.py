@@ -27,10 +27,14 @@ from pathlib import Path
 from queue import Empty
 
 # %% auto #0
-__all__ = ['thread_environment', 'core_count', 'kernel_environment', 'serve', 'ForkedKernel', 'ForkServer', 'SharedServer',
-           'kernel_manager']
+__all__ = ['CLUSTER', 'thread_environment', 'core_count', 'kernel_environment', 'serve', 'ForkedKernel', 'ForkServer',
+           'SharedServer', 'kernel_manager']
 
 # %% ../../nbs/protocol/kernels.ipynb #cb306159
+#: Where a chapter reads the scheduler of the cluster that runs it, if any.
+CLUSTER = "REAPPRAISAL_CLUSTER"
+
+
 def thread_environment(threads: int) -> dict[str, str]:
     """Environment that holds every numerical library to `threads` threads.
 

@@ -46,6 +46,7 @@ from reappraisal.protocol.execute import (
     stop_jobs,
 )
 from reappraisal.protocol.kernels import (
+    CLUSTER,
     ForkServer,
     core_count,
 )
@@ -247,6 +248,7 @@ def run_on_worker(job: Job, topic: str) -> Result:
     from distributed import Status, get_worker
 
     worker, ends = get_worker(), (Status.closing, Status.closed, Status.failed)
+    os.environ[CLUSTER] = worker.scheduler.address
 
     def tell(event: dict) -> None:
         worker.log_event(topic, event | {"label": job.label})

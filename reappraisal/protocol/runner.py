@@ -676,9 +676,9 @@ class Run:
 
     def _work_through(self, tasks: list[Task]) -> None:
         missing = [task for task in tasks if not self._from_store(task)]
+        self._todo.extend(missing)
         if missing and self.pool is None:
             self.pool = self._make_pool(missing)
-        self._todo.extend(missing)
         try:
             while (self._todo or self._flying) and not self._over:
                 self._launch()

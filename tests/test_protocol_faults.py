@@ -373,7 +373,11 @@ class Far(Scene):
 
     def settle(self):
         # what a lost worker still does is nobody's result
-        wait_until(lambda: not self.kernels(), 40)
+        quiet = time.monotonic()
+        while time.monotonic() - quiet < 2.5:
+            if self.kernels():
+                quiet = time.monotonic()
+            time.sleep(0.1)
         super().settle()
 
     def kernels(self):
@@ -439,10 +443,11 @@ def play_far(scene, fault):
         except (Missed, psutil.Error):
             happened = False
         out, _ = run.communicate(timeout=120)
-        assert run.returncode in (0, 1, -9), out
+        gone = fault is far_scheduler and run.returncode == 2
+        assert gone or run.returncode in (0, 1, -9), out
         assert "Traceback" not in out, out
         if fault is far_scheduler and happened:
-            assert "the Dask scheduler at" in out
+            assert "Dask scheduler" in out
         elif fault is not far_runner:
             assert run.returncode == 0, out
         scene.settle()

@@ -345,27 +345,35 @@ class OnDask:
             "distributed.scheduler.allowed-failures": 0,
             "temporary-directory": str(folder.path),
         }
-        with dask.config.set(own):
+        with dask.config.set(own), ThreadPoolExecutor(1) as aside:
+            # Ctrl-C must not leave half a cluster, so it is born elsewhere
+            birth = aside.submit(self._cluster, workers, folder)
             try:
-                self.cluster = self._cluster(workers, folder)
-            except RuntimeError:  # a worker died as it was born: once more
-                self.cluster = self._cluster(workers, folder)
+                self.cluster = birth.result()
+            except KeyboardInterrupt:
+                self.cluster = birth.result()
+                self._end_cluster()
+                raise
         self._leave.callback(self._end_cluster)
 
     @staticmethod
     def _cluster(workers: int, folder: Scratch):
         from distributed import LocalCluster
 
-        return LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,
-            dashboard_address=None,
-            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-            silence_logs=logging.CRITICAL,
-            local_directory=str(folder.path),
-        )
+        options = {
+            "n_workers": workers,
+            "threads_per_worker": 1,
+            "processes": True,
+            "memory_limit": 0,
+            "dashboard_address": None,
+            "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"},
+            "silence_logs": logging.CRITICAL,
+            "local_directory": str(folder.path),
+        }
+        try:
+            return LocalCluster(**options)
+        except RuntimeError:  # a worker died as it was born: once more
+            return LocalCluster(**options)
 
     def _end_cluster(self) -> None:
         """End the workers at once: they have nothing that is not kept."""
@@ -693,9 +701,9 @@ class Run:
 
     def _work_through(self, tasks: list[Task]) -> None:
         missing = [task for task in tasks if not self._from_store(task)]
+        self._todo.extend(missing)
         if missing and self.pool is None:
             self.pool = self._make_pool(missing)
-        self._todo.extend(missing)
         try:
             if missing:
                 self._tell_pool(missing)

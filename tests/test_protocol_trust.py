@@ -269,12 +269,21 @@ def test_the_audit_sees_what_it_should(code, found):
     assert bool(list(unsafe(ast.parse(code)))) is found
 
 
+#: What may be imported all the same, and why.
+ALLOWED = {
+    # work and results between processes of one run; never from a file
+    "parts.py: import cloudpickle", "parts.py: import joblib",
+    # to recognise the error of torch's own restricted loader
+    "command.py: import pickle",
+}
+
+
 def test_the_package_loads_nothing_that_can_execute():
     complaints = []
     for path in (CHECKOUT / "reappraisal").rglob("*.py"):
         for complaint in unsafe(ast.parse(path.read_bytes())):
             complaints.append(f"{path.name}: {complaint}")
-    assert not complaints
+    assert set(complaints) == ALLOWED
 
 
 def test_the_loader_of_yaml_is_a_safe_one(tmp_path):

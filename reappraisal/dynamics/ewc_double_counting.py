@@ -160,7 +160,7 @@ def laplace_propagation(
     theta = in_turn(fishers, optima, rule)
     return theta[..., -1, :, 0], fishers.sum(-3)
 
-# %% ../../nbs/dynamics/ewc_double_counting.ipynb #af13512e
+# %% ../../nbs/dynamics/ewc_double_counting.ipynb #5d30b8a6
 @dataclass(frozen=True)
 class Penalty:
     """All that elastic weight consolidation keeps, for a stack of networks.
@@ -283,7 +283,7 @@ def ewc(
         For an unknown rule, or as many rules or strengths as there are not
         members.
 
-    Source: kirkpatrick2017overcoming ("separate"); huszar2018ewc ("latest").
+    Source: huszar2018ewc ("latest"); "separate" as in the first text on EWC.
     """
     like = next(iter(params.values()))
     strength = torch.as_tensor(strength).to(like)

@@ -233,16 +233,18 @@ def rates(model: TeacherMixture, found: Overlaps) -> dict[str, np.ndarray]:
     Returns
     -------
     dict of arrays [..., 2]
-        accuracy, selected (share of positive decisions), recall, precision.
+        accuracy, selected (share of positive decisions), recall, precision
+        (NaN where nothing is selected).
     """
     a = model.threshold
     k = (SIGN * found.m + found.b) / np.sqrt(model.delta * found.Q)
     both = orthant(a, k, found.R / np.sqrt(found.Q))
+    yes = ndtr(k)
     return {
-        "accuracy": 1 - ndtr(a) - ndtr(k) + 2 * both,
-        "selected": ndtr(k),
+        "accuracy": 1 - ndtr(a) - yes + 2 * both,
+        "selected": yes,
         "recall": both / ndtr(a),
-        "precision": both / ndtr(k),
+        "precision": both / np.where(yes > 0, yes, np.nan),
     }
 
 

@@ -164,7 +164,15 @@ def test_no_alignment_no_bias_and_no_rule_no_accuracy():
         biased, 2.0, 100, range(10),
         labels=lambda y, s: y[torch.randperm(len(y), generator=generator(s))])
     # without a rule each group gets its share of the majority's answer
-    assert found.mean(0)[0] < 0.5 and found.mean() == pytest.approx(0.5, abs=0.1)
+    assert found.mean(0)[0] < 0.5
+    assert found.mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_an_intercept_for_each_group_ends_the_harm_under_one_rule():
+    model, only = b.TeacherMixture(0.1), b.TeacherMixture(1.0)
+    alone = predicted(only, 0.05)[0]
+    assert predicted(model, 0.5)[0] < alone - 0.1
+    assert predicted(model, 0.5, own_intercepts=True)[0] > alone
 
 
 def test_the_critical_overlap_is_where_pooling_changes_sign():

@@ -23,7 +23,6 @@ from reappraisal.lab.ensemble import (
     cosine,
     fit,
     train,
-    untrained,
     vmapped,
 )
 from ..lab.models import generator
@@ -431,7 +430,10 @@ def hill(
     seeds: Sequence[int], *, reward: str = "dense",
     size: tuple[int, int] = (48, 21),
 ) -> World:
-    """A car too weak for its hill, on a grid of places and speeds.
+    """A car in a valley that must get over the hill on the right.
+
+    Places and speeds lie on a grid; the slope speeds the car up or slows it
+    down, and an action pushes left, not at all, or right.
 
     Parameters
     ----------

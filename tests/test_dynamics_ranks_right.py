@@ -39,7 +39,8 @@ def test_counts_follow_the_distribution():
 def test_rank_agreement_is_kendalls_tau():
     g = torch.Generator().manual_seed(1)
     a, b = torch.randn(2, 20, 7, generator=g)
-    want = [stats.kendalltau(u, v).statistic for u, v in zip(a, b, strict=True)]
+    pairs = zip(a, b, strict=True)
+    want = [stats.kendalltau(u, v).statistic for u, v in pairs]
     assert np.allclose(r.rank_agreement(a, b), want, atol=1e-6)
     assert r.rank_agreement(a, 3 * a + 1).min() == 1
     assert r.rank_agreement(a, torch.zeros(7)).abs().max() == 0
@@ -56,7 +57,8 @@ def test_kl_by_scipy():
 
 def test_identity_holds_and_notices_a_wrong_choice_rule(monkeypatch):
     net = models.mlp([5, 8, 4], seed=0).double()
-    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 5, generator=g).double()
     y = torch.tensor([0, 1, 2, 3, 0, 1])
     before = {k: v.clone() for k, v in net.state_dict().items()}
     assert r.mle_gradient_identity(net, x, y).max() < 1e-12

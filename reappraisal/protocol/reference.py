@@ -378,8 +378,9 @@ def _configure(app, config):
 def _prepare(app, what, name, obj, options, lines):
     from reappraisal.protocol.papers import load_papers
 
-    if what in ("data", "attribute") and \
-            "\n".join(lines).strip() == inspect.getdoc(type(obj)):
+    words = " ".join("\n".join(lines).split())
+    about = " ".join((inspect.getdoc(type(obj)) or "").split())
+    if what in ("data", "attribute") and about and words.endswith(about):
         lines.clear()  # a value's type is not what the value is
     papers = load_papers(Path(app.srcdir).parent / "registrations")
     lines[:] = prepared(lines, {paper.key for paper in papers.values()})

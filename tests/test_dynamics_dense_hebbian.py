@@ -98,6 +98,15 @@ def test_theory_meets_networks_unless_correlations_are_dropped(mode, close):
     assert (abs(got - want) < 0.02) == close
 
 
+@pytest.mark.parametrize("M", [1, 2])
+def test_few_copies_are_counted_not_gaussian(M):
+    xi = d.random_archetypes(288, 120, 8)
+    got = d.step_overlap(d.DenseHebbian(d.examples(xi, 0.8, M, 8), 3), xi)
+    args = 3, 0.02, 0.8, M, "supervised"
+    assert abs(got - d.counted_overlap(*args)) < 0.02
+    assert abs(got - d.snr_overlap(*args)) > 0.03
+
+
 def test_more_copies_lift_the_overlap_only_to_the_limit():
     limit = d.snr_overlap(3, 0.02, 0.4, 10**9, "unsupervised")
     wrong = d.snr_overlap(3, 0.02, 0.4, 10**9, "unsupervised", True)
@@ -132,6 +141,7 @@ def test_examples_needed_at_the_ends():
     (lambda: d.examples(torch.ones(1, 3), 0.5, 0, 0), "M: got 0"),
     (lambda: d.DenseHebbian(torch.ones(1, 1, 3), 1), "P: got 1"),
     (lambda: d.DenseHebbian(torch.ones(1, 1, 3), 3, "no"), "mode: got 'no'"),
+    (lambda: d.counted_overlap(3, 0.0, 0.5, 1, "supervised"), "alpha: got"),
     (lambda: d.noise(3, 0.1, 0.0, 1, "supervised"), "r: got 0.0"),
 ])
 def test_bad_input_is_named(call, match):

@@ -75,7 +75,8 @@ _INLINE = re.compile(
     r'src="data:image/(png|jpeg|gif|webp|svg\+xml);'
     r'base64,([A-Za-z0-9+/=\s]+)"')
 _CODE = re.compile(r'<div class="highlight"><pre>.*?</pre></div>', re.S)
-_UNEXPLAINED = re.compile(r"</dt>\s*</dl>")
+_ARGUMENTS = re.compile(
+    r'<dl>\n(<dd><em class="sig-param".*?)</dl>', re.S)
 _UNCOLOURED = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
 
 
@@ -102,7 +103,9 @@ def lighter(body: str, keep: Callable[[str, bytes], str]) -> str:
         return f'src="{keep(f"{name}.{end}", data)}"'
 
     body = _INLINE.sub(image, body)
-    body = _UNEXPLAINED.sub("</dt><dd></dd></dl>", body)
+    body = _ARGUMENTS.sub(lambda found: (
+        '<span class="rp-arguments">'
+        + found[1].replace("dd>", "span>") + "</span>"), body)
     return _CODE.sub(lambda m: _UNCOLOURED.sub(r"\1", m.group()), body)
 
 # %% ../../nbs/protocol/pages.ipynb #cab74426

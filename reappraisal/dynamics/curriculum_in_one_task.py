@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -219,7 +218,8 @@ def arrange(
     blocks = torch.as_tensor(blocks)
     T = level.shape[1]
     plan = blocks.repeat_interleave(T // len(blocks))
-    if T % len(blocks) or (level.sort(dim=1).values != plan.sort().values).any():
+    held = level.sort(dim=1).values
+    if T % len(blocks) or (held != plan.sort().values).any():
         raise ValueError(
             f"blocks: got {blocks.tolist()}; blocks that use each of the "
             f"{T} trials of a list once are accepted"

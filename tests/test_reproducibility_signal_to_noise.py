@@ -348,7 +348,7 @@ def test_replication_rate_is_the_theorys():
 
 
 def test_nulls_matter_until_power_is_high():
-    found = sn.evidence_nulls(planted(MODERATE), 200, 4)
+    found = sn.evidence_nulls(planted(2 * MODERATE), 200, 4)
     verdict = judge("nulls-repair-the-record", found)
     assert verdict["k3"]["outcome"] == verdict["k5"]["outcome"] == "supports"
     assert verdict["n95"]["estimate"] > 0.85

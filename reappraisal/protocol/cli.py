@@ -49,13 +49,19 @@ Cache = Annotated[
         "--cache", help="Store of results; ROOT/.reappraisal by default."
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Run notebooks that are not in the book, too."
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, for programs.")
 ]
 
 # %% auto #0
-__all__ = ['app', 'Names', 'Root', 'Cache', 'AsJson', 'usage_errors', 'open_store', 'one_line', 'Progress', 'run', 'status',
-           'verify', 'verdicts', 'check', 'new', 'register', 'export', 'joined', 'main']
+__all__ = ['app', 'Names', 'Root', 'Cache', 'Trust', 'AsJson', 'usage_errors', 'open_store', 'one_line', 'Progress', 'run',
+           'status', 'verify', 'verdicts', 'check', 'new', 'register', 'export', 'joined', 'main']
 
 # %% ../../nbs/protocol/cli.ipynb #9a8ffcc5
 @contextmanager
@@ -344,12 +350,7 @@ def run(
             min=0, help="Seconds to wait for a worker that fits a chapter."
         ),
     ] = 60,
-    trust: Annotated[
-        bool,
-        typer.Option(
-            "--trust", help="Run notebooks that are not in the book, too."
-        ),
-    ] = False,
+    trust: Trust = False,
     root: Root = None,
     cache: Cache = None,
     as_json: AsJson = False,
@@ -465,12 +466,7 @@ def verify(
         float | None,
         typer.Option(min=0.1, help="Seconds for the cells of a chapter."),
     ] = None,
-    trust: Annotated[
-        bool,
-        typer.Option(
-            "--trust", help="Run notebooks that are not in the book, too."
-        ),
-    ] = False,
+    trust: Trust = False,
     root: Root = None,
     cache: Cache = None,
     as_json: AsJson = False,

@@ -364,12 +364,14 @@ def rows_to_flip(model: Datamodel, margins: Tensor) -> Tensor:
     Returns
     -------
     int Tensor [T]
-        N + 1 where no removal is predicted to be enough.
+        0 where it is negative already, N + 1 where no removal is predicted
+        to be enough.
     """
     best = model.weights.clamp(min=0).sort(1, descending=True).values
-    left = margins[:, None] - best.cumsum(1)
-    enough = torch.nn.functional.pad(left < 0, (0, 1), value=True)
-    return enough.long().argmax(1) + 1
+    gone = nn.functional.pad(best, (1, 0)).cumsum(1)
+    enough = nn.functional.pad(
+        margins[:, None] - gone < 0, (0, 1), value=True)
+    return enough.long().argmax(1)
 
 
 def leakage(model: Datamodel) -> list[tuple[int, int, float]]:

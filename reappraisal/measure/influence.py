@@ -213,7 +213,8 @@ def influence_functions(
     model : nn.Module or Ensemble
         Trained; left as it was.
     train, test
-        Inputs and targets, as for `measure.reading.as_batches`.
+        Inputs and targets, as for `measure.reading.as_batches`; in the same
+        order each time they are read.
     quantity : str or callable
         "margin", "log_odds", "loss", or a function of outputs [B, ...] and
         targets [B, ...] to [B].
@@ -246,7 +247,7 @@ def influence_functions(
         negative), a Hessian with "dual", or curvature that is not positive
         with "cg".
 
-    Source: koh2017understanding, eq. 2.
+    Source: Koh and Liang 2017, arXiv:1703.04730, eq. 2.
     """
     if curvature not in ("gauss_newton", "hessian"):
         raise ValueError(
@@ -410,8 +411,9 @@ def tracin(
     ValueError
         If there are no checkpoints, or not a rate for each.
 
-    Source: pruthi2020estimating, eq. 1 (with a sign that makes supporters
-    positive, and any quantity in place of the target's loss).
+    Source: Pruthi, Liu, Kale and Sundararajan 2020, arXiv:2002.08484, with a
+    sign that makes supporters positive, and any quantity in place of the
+    target's loss.
     """
     if not len(checkpoints) or len(rates) != len(checkpoints):
         raise ValueError(
@@ -463,7 +465,8 @@ def trak(
         If the dimension or the damping is out of range, or the gradients
         are too dependent to go without damping.
 
-    Source: park2023trak, eq. 13 and 17 (damping added).
+    Source: Park, Georgiev, Ilyas, Leclerc and Madry 2023, arXiv:2303.14186;
+    the damping is added.
     """
     own = Objective(model, train, log_odds, only=only)
     if damping < 0 or (dimension is not None and dimension < 1):
@@ -559,7 +562,7 @@ def knn_shapley(train: Any, test: Any, k: int) -> Tensor:
     ValueError
         If k is not positive.
 
-    Source: jia2019efficient, theorem 1.
+    Source: Jia et al. 2019, arXiv:1908.08619, theorem 1.
     """
     if k < 1:
         raise ValueError(f"k: got {k}; a positive number is accepted")
@@ -597,7 +600,7 @@ def area_under_margin(logits: Tensor, labels: Tensor) -> Tensor:
     ValueError
         As for `margin`.
 
-    Source: pleiss2020identifying, eq. 2.
+    Source: Pleiss, Zhang, Elenberg and Weinberger 2020, arXiv:2001.10528.
     """
     return margin(logits, labels).mean(0)
 
@@ -623,7 +626,7 @@ def lds(predicted: Tensor, actual: Tensor) -> Tensor:
         If shapes differ, there are less than three subsets, or a value is
         not finite.
 
-    Source: park2023trak, definition 2.4.
+    Source: Park et al. 2023, arXiv:2303.14186.
     """
     a, b = (torch.as_tensor(v).double() for v in (predicted, actual))
     if a.ndim != 2 or a.shape != b.shape or len(a) < 3:

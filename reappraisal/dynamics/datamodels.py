@@ -453,9 +453,14 @@ def ridge_margins(pool: Pool, masks: Tensor, penalty: float) -> Tensor:
     )
     classes = int(max(pool.y.max(), pool.labels.max())) + 1
     y = nn.functional.one_hot(pool.y, classes).double() - 1 / classes
-    A = torch.einsum("mn,ni,nj->mij", masks.double(), x, x)
+    m = masks.double()
+    # products of each row once, summed over the rows of each subset
+    A, b = (
+        (m @ (x[:, :, None] * v[:, None]).flatten(1)).view(
+            len(m), x.shape[1], v.shape[1])
+        for v in (x, y)
+    )
     A.diagonal(dim1=-2, dim2=-1).add_(penalty)
-    b = torch.einsum("mn,ni,nc->mic", masks.double(), x, y)
     return margin(t @ torch.linalg.solve(A, b), pool.labels)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torch.func import grad, hessian as curvature_of, vmap
+from torch.func import grad, vmap
+from torch.func import hessian as curvature_of
 
 from ..lab.ensemble import Ensemble
 from ..lab.models import generator

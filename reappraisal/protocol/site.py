@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
@@ -81,10 +82,23 @@ def setup(app: Any) -> dict[str, Any]:
             return [nodes.raw("", html, format="html")]
 
     app.add_directive("parity", Parity)
+    app.connect("builder-inited", _use_every_core)
     app.connect("html-page-context", _no_live_code, priority=999)
     app.connect("build-finished", _write_downloads)
     return {"version": "1", "parallel_read_safe": True,
             "parallel_write_safe": True}
+
+
+_SILENT = {"sphinx-mathjax-offline", "sphinx_multitoc_numbering"}
+
+
+def _use_every_core(app):
+    """Read and write pages in as many processes as there are cores."""
+    app.parallel = max(app.parallel, len(os.sched_getaffinity(0))
+                       if hasattr(os, "sched_getaffinity")
+                       else os.cpu_count() or 1)
+    for name in _SILENT & app.extensions.keys():
+        app.extensions[name].parallel_read_safe = True
 
 
 def _no_live_code(app, pagename, templatename, context, doctree):

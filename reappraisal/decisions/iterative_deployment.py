@@ -509,7 +509,8 @@ def deploy(
             if shortest and len(kept) > 1:
                 kept = [_shortest(*(torch.cat(two, 2) for two in
                                     zip(*kept, strict=True)), world.stop)]
-        lesson = _drawn(first, starts, goals, kept, steps * batch_size, rng)
+        lesson = _drawn(first, starts, goals, kept, steps * batch_size,
+                        world.stop, rng)
         planners = train(
             planners, (lesson.inputs(world), lesson.plans), steps=steps,
             optimiser=Adam(lr=rate), batch_size=batch_size, loss=plan_loss,
@@ -529,7 +530,7 @@ def _shortest(plans, keep, stop):
     return plans.gather(2, index), keep.gather(2, best)
 
 
-def _drawn(first, starts, goals, kept, many, rng) -> Lessons:
+def _drawn(first, starts, goals, kept, many, stop, rng) -> Lessons:
     """A lesson of so many plans, drawn evenly with replacement."""
     columns = [(first.starts, first.goals, first.plans,
                 torch.ones_like(first.starts))]
@@ -541,7 +542,9 @@ def _drawn(first, starts, goals, kept, many, rng) -> Lessons:
     s, g, p, w = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
     rows = torch.multinomial(w.float(), many, True, generator=rng)
     deep = rows[..., None].expand(*rows.shape, p.shape[-1])
-    return Lessons(s.gather(1, rows), g.gather(1, rows), p.gather(1, deep))
+    p = p.gather(1, deep)
+    used = int((p != stop).sum(-1).max()) + 1
+    return Lessons(s.gather(1, rows), g.gather(1, rows), p[..., :used])
 
 # %% ../../nbs/decisions/iterative_deployment.ipynb #c9013328c
 def every_plan(

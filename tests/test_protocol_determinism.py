@@ -10,7 +10,14 @@ from reappraisal.protocol.records import without_times
 from reappraisal.protocol.runner import Run
 from reappraisal.protocol.verdicts import MIME
 
-HEART = ["signal", "dynamics", "landscape", "reproducibility", "compression"]
+HEART = [
+    "signal/metrics_without_data", "dynamics/svd_factors_and_grokking",
+    "landscape/sharp_minima_reappraisal",
+    "landscape/explicit_regularisation", "reproducibility/signal_to_noise",
+    "compression/kd_functional_perspective",
+    "compression/compression_functional_perspective",
+    "compression/what_makes_a_good_prune",
+]
 QUICK = ["compression/kd_functional_perspective",
          "reproducibility/signal_to_noise"]
 

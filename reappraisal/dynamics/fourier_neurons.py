@@ -136,9 +136,11 @@ class SquareLoss:
         Z = Z.add_(V.reshape(-1, h).index_select(0, rows[1])).view(S, n, h)
         unit = spread = None
         if "gain" in params:
-            spread = (Z.var(1, keepdim=True, correction=0) + EPS).sqrt()
-            unit = (Z - Z.mean(1, keepdim=True)) / spread
-            Z = unit * params["gain"][:, None] + params["shift"][:, None]
+            unit = Z.sub_(Z.mean(1, keepdim=True))
+            spread = (unit.square().mean(1, keepdim=True) + EPS).sqrt()
+            unit.div_(spread)
+            Z = torch.addcmul(
+                params["shift"][:, None], unit, params["gain"][:, None])
         H, kept = Z * Z, None
         if self.dropout:
             kept = torch.rand(H.shape, generator=self.rng) >= self.dropout
@@ -154,17 +156,18 @@ class SquareLoss:
         loss, error, H, Z, kept, rows, unit, spread = self.pass_through(
             params, batch)
         S, n, p = error.shape
-        error.mul_(2 / (n * p))
-        torch.bmm(error.mT, H, out=grads["W"])
-        D = torch.bmm(error, params["W"]).mul_(Z).mul_(2)
+        error.mul_(4 / (n * p))
+        torch.bmm(error.mT, H, out=grads["W"]).mul_(0.5)
+        D = torch.bmm(error, params["W"]).mul_(Z)
         if kept is not None:
             D *= kept
         if unit is not None:
-            grads["gain"].copy_((D * unit).sum(1))
-            grads["shift"].copy_(D.sum(1))
-            D *= params["gain"][:, None]
-            D = (D - D.mean(1, keepdim=True)
-                 - unit * (D * unit).mean(1, keepdim=True)) / spread
+            along = (D * unit).sum(1, keepdim=True)
+            total = D.sum(1, keepdim=True)
+            grads["gain"].copy_(along[:, 0])
+            grads["shift"].copy_(total[:, 0])
+            D.sub_(total / n).addcmul_(unit, along, value=-1 / n)
+            D.mul_(params["gain"][:, None] / spread)
         for name, row in zip("UV", rows, strict=True):
             flat = torch.zeros_like(params[name]).flatten(0, 1)
             flat.index_add_(0, row, D.flatten(0, 1))
@@ -724,7 +727,7 @@ class TableLoss:
         logs = torch.bmm(H, W.mT).log_softmax(-1)
         loss = -logs.gather(2, at).mean((1, 2))
         error = logs.exp_().scatter_add_(2, at, -torch.ones_like(at).to(H))
-        error.div_(p * p)
+        error.mul_(2 / p**2)
         square = sum(w.square().sum(1) for w in (U, V, W))
         norm = square.sqrt()
         along = min(1.0, batch.step / (0.8 * self.steps))
@@ -732,8 +735,8 @@ class TableLoss:
         three, two = (factor * batch[k] for k in ("three", "two"))
         loss = loss + three * (norm * square).sum(1) + two * square.sum(1)
         pull = (3 * three[:, None] * norm + 2 * two[:, None])[:, None]
-        torch.bmm(error.mT, H, out=grads["W"]).addcmul_(pull, W)
-        D = torch.bmm(error, W).mul_(Z).mul_(2).view(S, p, p, h)
+        torch.bmm(error.mT, H, out=grads["W"]).mul_(0.5).addcmul_(pull, W)
+        D = torch.bmm(error, W).mul_(Z).view(S, p, p, h)
         grads["U"].copy_(D.sum(2).addcmul_(pull, U))
         grads["V"].copy_(D.sum(1).addcmul_(pull, V))
         return loss, {}

@@ -99,12 +99,14 @@ def random_features(
     return torch.stack(found, 1).float()
 
 # %% ../../nbs/dynamics/simple_features_crowd_out.ipynb #0000000c
-def feature_variance(acts: Tensor, features: Tensor) -> Tensor:
+def feature_variance(
+    acts: Tensor, features: Tensor, seed: int = 0
+) -> Tensor:
     """Share of a layer's variance that each feature explains.
 
     The covariance of unit and feature is estimated on either half of the
-    samples (even and odd rows), and the two are multiplied: noise adds
-    nothing on average, so that a feature that is absent has share zero.
+    samples, and the two are multiplied: noise adds nothing on average, so
+    that a feature that is absent has share zero.
 
     Parameters
     ----------
@@ -112,6 +114,8 @@ def feature_variance(acts: Tensor, features: Tensor) -> Tensor:
     features : Tensor [..., N, F]
         One number a sample; a feature of several values takes several
         uncorrelated columns.
+    seed : int
+        Of the halves.
 
     Returns
     -------
@@ -133,9 +137,11 @@ def feature_variance(acts: Tensor, features: Tensor) -> Tensor:
     spread = f.var(-2, correction=0)
     if not (spread > 0).all():
         raise ValueError("features: one of them is constant")
+    order = torch.randperm(f.shape[-2], generator=generator(seed, "halves"))
     halves = []
     for k in (0, 1):
-        h, g = acts[..., k::2, :], f[..., k::2, :]
+        rows = order[k::2].to(acts.device)
+        h, g = acts[..., rows, :], f[..., rows, :]
         h = h - h.mean(-2, keepdim=True)
         halves.append(g.mT @ h / (h.shape[-2] - 1))
     whole = acts.var(-2, correction=0).sum(-1, keepdim=True)

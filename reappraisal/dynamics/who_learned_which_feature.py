@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .planted_features import planted_cue
 from ..lab.data import Dataset
-from ..lab.ensemble import SGD, Ensemble, train
+from ..lab.ensemble import SGD, train
 from ..lab.models import generator, mlp
 
 # %% auto #0
@@ -35,6 +34,11 @@ def pair_disagreement(predictions: Tensor, classes: int) -> Tensor:
     -------
     Tensor [...], float64
         Mean over all pairs of networks.
+
+    Raises
+    ------
+    ValueError
+        If there is one network only.
     """
     S = predictions.shape[-2]
     if S < 2:
@@ -63,6 +67,11 @@ def gde_gap(predictions: Tensor, y: Tensor, classes: int) -> Tensor:
     Returns
     -------
     Tensor [S], float64
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than three networks.
 
     Source: jiang2024joint (the equality); the jackknife is ours.
     """
@@ -277,6 +286,11 @@ def auc(score: Tensor, right: Tensor) -> Tensor:
     -------
     Tensor, a number
         Over all answers of all networks; ties count one half.
+
+    Raises
+    ------
+    ValueError
+        If no answer is wrong, or none is right.
     """
     up, down = right.double().sum(0), (~right).double().sum(0)
     if not up.sum() or not down.sum():
@@ -373,7 +387,14 @@ def misleading_cue(
     -------
     Broken
         With the gap -strength: every network follows the cue.
+
+    Raises
+    ------
+    ValueError
+        If the strength is not in [0, 1].
     """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength: got {strength}; [0, 1] is accepted")
     parts = data.split(seed, (train, 0, len(data) - train))
     X, y = [], []
     for i, (part, told) in enumerate(

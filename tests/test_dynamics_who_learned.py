@@ -74,25 +74,25 @@ def planted(S=10, seed=5):
     g = generator(seed, "planted")
     owned = torch.rand(S, 4, generator=g) < 0.6
     owned[:, 0] = True
-    source = torch.randn(600, 4, generator=g)
+    source = torch.randn(4200, 4, generator=g)
     layers = []
     for s in range(S):
         axes = torch.linalg.qr(torch.randn(12, 12, generator=g))[0]
         size = torch.tensor([6.0, 4.5, 3.2, 2.2]) * owned[s]
         layers.append((source * size) @ axes[:4]
-                      + 0.05 * torch.randn(600, 12, generator=g))
+                      + 0.05 * torch.randn(4200, 12, generator=g))
     return owned, source, torch.stack(layers)
 
 
 def test_tensor_finds_planted_features_and_where_they_are_strong():
     owned, source, layers = planted()
-    found = w.interaction_tensor(layers[:, :400], layers[:, 400:],
+    found = w.interaction_tensor(layers[:, :4000], layers[:, 4000:],
                                  components=4, match=0.8, strong=1.0)
     for k in range(4):
         t = (found.has == owned[:, k, None]).all(0).nonzero()
         assert len(t), f"feature {k} is not found"
         s = int(owned[:, k].nonzero()[0])
-        strong = source[400:, k].abs() > source[:400, k].std()
+        strong = source[4000:, k].abs() > source[:4000, k].std()
         assert max((found.omega[s, :, j] == strong).double().mean()
                    for j in t.flatten()) > 0.9
     assert not found.omega[~found.has[:, None].expand_as(found.omega)].any()
@@ -105,7 +105,7 @@ def test_tensor_does_not_depend_on_rotations():
     _, _, layers = planted()
     turn = torch.linalg.qr(torch.randn(
         10, 12, 12, generator=generator(1, "turn")))[0]
-    one, two = (w.interaction_tensor(h[:, :400], h[:, 400:], components=3,
+    one, two = (w.interaction_tensor(h[:, :4000], h[:, 4000:], components=3,
                                      match=0.8, strong=1.0)
                 for h in (layers, layers @ turn))
     assert torch.equal(one.has, two.has)
@@ -121,7 +121,7 @@ def test_unrelated_networks_share_nothing():
 
 def test_shuffling_keeps_features_and_breaks_their_places():
     _, _, layers = planted()
-    found = w.interaction_tensor(layers[:, :400], layers[:, 400:],
+    found = w.interaction_tensor(layers[:, :4000], layers[:, 4000:],
                                  components=4, match=0.8, strong=1.0)
     mixed = found.shuffled(3)
     assert torch.equal(mixed.omega.sum(1), found.omega.sum(1))

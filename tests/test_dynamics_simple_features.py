@@ -57,7 +57,7 @@ def heads(supports, steps=250, starts=None, shuffle=False):
         Y = Y[torch.randperm(len(Y), generator=generator(0, "rows"))]
     net = mlp([8, 32, len(supports)], seed=0)
     starts = None if starts is None else torch.tensor(starts).float()
-    look = s.Watch(net, X, Y[None], torch.zeros(3, dtype=torch.long))
+    look = s.FeatureWatch(net, X, Y[None], torch.zeros(3, dtype=torch.long))
     done = s.train_heads(
         net, X[:192], Y[None, :192], [1, 2, 2], steps=steps, starts=starts,
         optimiser=s.Adam(lr=0.01), callbacks=[look], every=steps,

@@ -34,8 +34,8 @@ from ..lab.synthetic import SparseParity
 from ..measure.representation import linear_probe
 
 # %% auto #0
-__all__ = ['matched_features', 'random_features', 'feature_variance', 'heads_loss', 'Watch', 'train_heads', 'CuedImages', 'Arm',
-           'FeatureSieve', 'GroupDRO', 'train_arms', 'group_scores', 'decodability']
+__all__ = ['matched_features', 'random_features', 'feature_variance', 'heads_loss', 'FeatureWatch', 'train_heads', 'CuedImages',
+           'Arm', 'FeatureSieve', 'GroupDRO', 'train_arms', 'group_scores', 'decodability']
 
 # %% ../../nbs/dynamics/simple_features_crowd_out.ipynb #00000009
 def matched_features(
@@ -156,7 +156,7 @@ def heads_loss(outputs: Tensor, y: Mapping[str, Tensor]) -> Tensor:
     return (each * y["weight"]).mean(-1)
 
 
-class Watch:
+class FeatureWatch:
     """A callback that records what the last hidden layer holds.
 
     `correct` [A, F] is the accuracy of each head, `share` [A, F] the share

@@ -279,7 +279,7 @@ def balance(hard, tuned, tie=0.0):
 def test_balance_verdicts(evidence, verdict):
     found = judged(BALANCE, evidence)
     assert found.verdict == verdict
-    assert found.qualifier == "softness not the cause"
+    assert found.record["qualifier"] == "softness not the cause"
 
 
 @pytest.mark.parametrize(("high", "shuffled", "verdict"), [

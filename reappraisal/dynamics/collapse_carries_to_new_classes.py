@@ -29,9 +29,9 @@ from ..lab.models import generator
 from ..measure.collapse import cdnv, class_means
 
 # %% auto #0
-__all__ = ['LAYERS', 'MINOR', 'METHODS', 'nearest_mean_error', 'Episodes', 'episodes', 'few_shot_error', 'within_dimension',
-           'median_pair', 'top_share', 'linear', 'SoftSubnet', 'Method', 'Stacked', 'base_session', 'session',
-           'SessionTable', 'accuracy', 'fscil']
+__all__ = ['LAYERS', 'MINOR', 'MOVES', 'METHODS', 'nearest_mean_error', 'Episodes', 'episodes', 'few_shot_error',
+           'within_dimension', 'median_pair', 'top_share', 'linear', 'SoftSubnet', 'Method', 'Stacked', 'base_session',
+           'session', 'SessionTable', 'accuracy', 'fscil']
 
 # %% ../../nbs/dynamics/collapse_carries_to_new_classes.ipynb #c009
 def nearest_mean_error(
@@ -222,6 +222,7 @@ def median_pair(table: Tensor) -> Tensor:
 # %% ../../nbs/dynamics/collapse_carries_to_new_classes.ipynb #c018
 LAYERS = ("1", "3")  # of `models.mlp([inputs, hidden, features, classes])`
 MINOR = ("uniform", "zero", "one")
+MOVES = ("minor", "major", "all", "none")
 
 
 def top_share(scores: Tensor, share: Tensor) -> Tensor:
@@ -494,8 +495,17 @@ def session(
     -------
     Stacked
         With the means of the new classes behind the old ones.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind of movement.
     """
     size, ways, n = shots.shape[:3]
+    if unknown := set(moves) - set(MOVES):
+        raise ValueError(f"moves: got {sorted(unknown)}; known are {MOVES}")
+    if set(moves) == {"none"}:
+        steps = 0
     flags = {
         f"{k}.weight": torch.stack([
             {"minor": ~top, "major": top}.get(
@@ -556,11 +566,14 @@ def accuracy(state: Stacked, images: Tensor, first: int = 0) -> Tensor:
 
     that are given to their own class among all that are known.
     """
+    own = first + torch.arange(images.shape[1], device=images.device)
     z = state.features(images.flatten(1, 2))
+    return _hits(state, z, own.repeat_interleave(images.shape[2]))
+
+
+def _hits(state, z, own):
     found = (z @ state.prototypes.mT).argmax(-1)
-    own = first + torch.arange(images.shape[1], device=found.device)
-    hits = found == own.repeat_interleave(images.shape[2])
-    return hits.float().mean(1)
+    return (found == own).float().mean(1)
 
 
 def fscil(
@@ -588,17 +601,15 @@ def fscil(
     """
     known = state.prototypes.shape[1]
     kinds = torch.arange(known).repeat_interleave(base_test.shape[2])
-
-    def spread(state):
-        z = state.features(base_test.flatten(1, 2))
-        return median_pair(cdnv(z, kinds))
-
-    base, new, variance = [], [], [spread(state)]
+    old = base_test.flatten(1, 2)
+    base, new = [], []
+    variance = [median_pair(cdnv(state.features(old), kinds))]
     for at in range(0, shots.shape[1], ways):
         state = session(state, moves, shots[:, at : at + ways], rate, steps)
-        base.append(accuracy(state, base_test))
+        z = state.features(old)
+        base.append(_hits(state, z, kinds))
         new.append(accuracy(state, new_test[:, : at + ways], known))
-        variance.append(spread(state))
+        variance.append(median_pair(cdnv(z, kinds)))
     base, new = torch.stack(base, 1), torch.stack(new, 1)
     both = 2 * base * new / (base + new).clamp(min=1e-12)
     return SessionTable(base, new, both, torch.stack(variance, 1))

@@ -115,7 +115,7 @@ def glyphs(
     -------
     Dataset
         X `[N, 1, size, size]`, classes in order, each with its own random
-        stream: a longer class begins with the samples of a shorter one.
+        stream: its samples do not depend on the other classes.
 
     Raises
     ------

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.integrate import solve_ivp
 from scipy.special import expit
 from torch import Tensor
 
@@ -20,8 +19,8 @@ from ..lab.ensemble import SGD, Ensemble, fit
 from ..lab.models import generator
 
 # %% auto #0
-__all__ = ['SLOPE', 'predicted_cosine', 'move_for', 'balanced_targets', 'own_carriers', 'span_coordinates', 'output_weights',
-           'SpanLoss', 'span_network', 'linear_part', 'input_gradient', 'moved_along', 'teach']
+__all__ = ['SLOPE', 'predicted_cosine', 'move_for', 'balanced_targets', 'own_carriers', 'margin_cosine', 'span_coordinates',
+           'output_weights', 'SpanLoss', 'span_network', 'linear_part', 'input_gradient', 'moved_along', 'teach']
 
 # %% ../../nbs/dynamics/adversarial_noise_teaches.ipynb #c009
 def predicted_cosine(n: float, d: float, eps: float) -> float:
@@ -108,44 +107,60 @@ def balanced_targets(y: Tensor, seeds: Sequence[int]) -> Tensor:
     return out
 
 # %% ../../nbs/dynamics/adversarial_noise_teaches.ipynb #c012
-def own_carriers(c: float, times: Sequence[float]) -> np.ndarray:
+def own_carriers(c: float, steps: int) -> np.ndarray:
     """Alignment over training where carriers are the first training samples.
 
-    A linear network, gradient flow on the sum of logistic losses, orthogonal
-    samples of unit length, targets balanced in each class.
+    A linear network, gradient descent with unit steps on the sum of logistic
+    losses, orthogonal samples of unit length, targets balanced in each class.
 
     Parameters
     ----------
     c : float
         Length of the moves times the root of the number of samples.
-    times : sequence of T float
-        From above 0, increasing.
+    steps : int
+        One or more.
 
     Returns
     -------
-    array [T]
-        Cosine with the first network's direction.
+    array [steps]
+        Cosine with the first network's direction after each step.
 
     Raises
     ------
     ValueError
-        If a time is not positive.
+        If there is no step.
 
     Source: own calculation.
     """
-    times = np.asarray(times, dtype=float)
-    if not (times > 0).all():
-        raise ValueError(f"times: got {times}; positive ones are accepted")
-
-    def flow(_, weights):
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}; 1 or more is accepted")
+    weights, out = np.zeros(2), np.empty(steps)
+    for k in range(steps):
         alpha, beta = weights.mean(), (weights[0] - weights[1]) / 2
         common, tilt = alpha * (1 + c**2) + beta * c, beta + alpha * c
-        return expit(-np.array([common + tilt, common - tilt]))
+        weights = weights + expit([-common - tilt, tilt - common])
+        alpha, beta = weights.mean(), (weights[0] - weights[1]) / 2
+        out[k] = (beta + alpha * c) / np.hypot(beta + alpha * c, alpha)
+    return out
 
-    path = solve_ivp(flow, (0, times.max()), np.zeros(2), t_eval=times,
-                     rtol=1e-8, atol=1e-10).y
-    alpha, beta = path.mean(0), (path[0] - path[1]) / 2
-    return (beta + alpha * c) / np.hypot(beta + alpha * c, alpha)
+
+def margin_cosine(c: float) -> float:
+    """Alignment at maximal margin, carriers as in `own_carriers`.
+
+    Parameters
+    ----------
+    c : float
+        Length of the moves times the root of the number of samples.
+
+    Returns
+    -------
+    float
+        0 up to c = 1.
+
+    Source: own calculation.
+    """
+    excess = max(0.0, c - 1)
+    return excess / math.hypot(excess, 1)
 
 # %% ../../nbs/dynamics/adversarial_noise_teaches.ipynb #c015
 SLOPE = 0.1  # of the leaky ReLU

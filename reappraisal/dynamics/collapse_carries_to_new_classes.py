@@ -27,6 +27,7 @@ from reappraisal.lab.ensemble import (
 )
 from ..lab.models import generator
 from ..measure.collapse import cdnv, class_means
+from ..measure.spectra import participation_ratio
 
 # %% auto #0
 __all__ = ['LAYERS', 'MINOR', 'MOVES', 'METHODS', 'nearest_mean_error', 'Episodes', 'episodes', 'few_shot_error',
@@ -209,9 +210,7 @@ def within_dimension(features: Tensor, labels: Tensor) -> Tensor:
     """
     at = torch.unique(labels, return_inverse=True)[1]
     off = features - class_means(features, labels).means[..., at, :]
-    cov = off.mT @ off
-    trace = cov.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return trace**2 / cov.square().sum((-1, -2))
+    return participation_ratio(torch.linalg.svdvals(off).square())
 
 
 def median_pair(table: Tensor) -> Tensor:
@@ -562,9 +561,19 @@ class SessionTable(NamedTuple):
 
 
 def accuracy(state: Stacked, images: Tensor, first: int = 0) -> Tensor:
-    """Share [S] of images [S, K, n, I] of classes first, first + 1, ...
+    """Share of images that are given to their class among all known.
 
-    that are given to their own class among all that are known.
+    Parameters
+    ----------
+    state : Stacked
+    images : Tensor [S, K, n, I]
+        By class.
+    first : int
+        Where the first of the classes stands among the known ones.
+
+    Returns
+    -------
+    Tensor [S]
     """
     own = first + torch.arange(images.shape[1], device=images.device)
     z = state.features(images.flatten(1, 2))

@@ -19,12 +19,13 @@ from scipy.linalg import solve_discrete_are
 from torch import Tensor
 
 from ..lab.ensemble import Adam, Batch, cosine, fit
+from ..lab.environments import Box, VectorEnvironment
 from ..lab.models import generator
 
 # %% auto #0
 __all__ = ['SIDE', 'DISTRACTORS', 'World', 'Transitions', 'LinearBlockMDP', 'ICPResult', 'icp', 'reward_ancestors', 'Controller',
-           'lqr_on', 'closed_loop_cost', 'Scenes', 'draw_scenes', 'palettes', 'render', 'Lesson', 'encode', 'predict',
-           'suspect', 'train_misa', 'rendering_error', 'decodability']
+           'lqr_on', 'closed_loop_cost', 'BlockWorld', 'Scenes', 'draw_scenes', 'palettes', 'render', 'Lesson',
+           'encode', 'predict', 'suspect', 'train_misa', 'rendering_error', 'decodability']
 
 # %% ../../nbs/decisions/invariant_state_abstractions.ipynb #c3200009
 @dataclass(frozen=True)
@@ -181,6 +182,16 @@ class LinearBlockMDP:
             rng.choice([-1.0, 1.0], m) * rng.uniform(0.5, 1.5, m),
             rng.normal(0, 1, m), rng.uniform(0.3, 1, m))
 
+    def settled(
+        self, dynamic: np.ndarray, reward: np.ndarray, before: np.ndarray,
+        e: World, noise: np.ndarray,
+    ) -> np.ndarray:
+        """Children and distractors [n, m], once their causes are known."""
+        cause = np.c_[np.repeat(reward[:, None], self.children, 1),
+                      dynamic[:, self.drivers]]
+        return (self.memory * before + e.gain * cause + e.shift
+                + e.spread * noise)
+
     def sample(
         self, rng: np.random.Generator, worlds: Sequence[World], n: int
     ) -> Transitions:
@@ -200,25 +211,21 @@ class LinearBlockMDP:
         """
         k, m = len(self.A), self.variables - len(self.A)
         parts = []
+
+        def paid(c):
+            return c @ self.b + self.noise * rng.normal(size=n)
+
         for i, e in enumerate(worlds):
-
-            def settled(c, reward, before, e=e):
-                cause = np.c_[np.repeat(reward[:, None], self.children, 1),
-                              c[:, self.drivers]]
-                return (self.memory * before + e.gain * cause + e.shift
-                        + e.spread * rng.normal(size=(n, m)))
-
-            def paid(c):
-                return c @ self.b + self.noise * rng.normal(size=n)
-
             c = e.mean + e.scale * rng.normal(size=(n, k))
-            s = settled(c, paid(c), np.zeros((n, m)))
+            s = self.settled(c, paid(c), np.zeros((n, m)), e,
+                             rng.normal(size=(n, m)))
             a = rng.normal(size=n)
             after = c @ self.A.T + a[:, None] * self.B
             after = after + self.noise * rng.normal(size=(n, k))
             hidden = self.confounded * (e.shift[0] + rng.normal(size=n))
             reward = paid(after) + hidden
-            later = settled(after, reward, s)
+            later = self.settled(after, reward, s, e,
+                                 rng.normal(size=(n, m)))
             later[:, 0] += 2 * hidden
             parts.append((np.c_[c, s], np.c_[after, later], a, reward,
                           np.full(n, i)))
@@ -462,6 +469,65 @@ def closed_loop_cost(
         if total > 1e100:  # unstable
             return math.inf
     return float(total / steps)
+
+
+class BlockWorld(VectorEnvironment):
+    """A linear block MDP in one environment, as a world to act in.
+
+    Observations are states, actions one number; the reward is minus the
+    stage cost. `info` has the signal that is to be kept near zero. Episodes
+    are truncated.
+
+    Parameters
+    ----------
+    system : LinearBlockMDP
+        Without a hidden confounder.
+    e : World
+    steps : int
+        Of an episode.
+    effort : float
+    num_envs : int
+        Copies.
+    """
+
+    single_action_space = Box(-1e3, 1e3, (1,))
+
+    def __init__(
+        self, system: LinearBlockMDP, e: World, steps: int = 50, *,
+        effort: float = 0.1, num_envs: int = 1,
+    ):
+        super().__init__(num_envs)
+        self.system, self.e, self.steps = system, e, steps
+        self.effort = effort
+        self.single_observation_space = Box(-1e6, 1e6, (system.variables,))
+
+    def _noise(self, *shape):
+        return torch.randn(*shape, generator=self.rng).double().numpy()
+
+    def _seen(self):
+        return torch.from_numpy(self.state).float()
+
+    def _start(self, options):
+        n, k = self.num_envs, len(self.system.A)
+        self.state = np.zeros((n, self.system.variables))
+        self.state[:, :k] = self.e.mean + self.e.scale * self._noise(n, k)
+        self.time = 0
+        return self._seen(), {}
+
+    def _move(self, actions):
+        s, n, k = self.system, self.num_envs, len(self.system.A)
+        a = actions[:, 0].double().numpy()
+        dynamic = self.state[:, :k] @ s.A.T + np.outer(a, s.B)
+        dynamic += s.noise * self._noise(n, k)
+        signal = dynamic @ s.b + s.noise * self._noise(n)
+        other = s.settled(dynamic, signal, self.state[:, k:], self.e,
+                          self._noise(n, s.variables - k))
+        self.state = np.c_[dynamic, other]
+        self.time += 1
+        reward = torch.from_numpy(-(signal**2) - self.effort * a**2)
+        late = torch.full((n,), self.time >= self.steps)
+        return (self._seen(), reward, late & False, late,
+                {"signal": torch.from_numpy(signal)})
 
 # %% ../../nbs/decisions/invariant_state_abstractions.ipynb #c3200019
 #: Side of the grid, number of distractors.

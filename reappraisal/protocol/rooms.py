@@ -122,8 +122,8 @@ def numbers(board: Board, room: str) -> str:
         HTML.
     """
     papers = board.of_room(room)
-    written = sum(f.room == room for f in board.fronts.values())
     planned = len({p.chapter for p in papers})
+    written = len({f.name for f in map(board.chapter, papers) if f})
     tested = sum(p.id in board.entries for p in papers)
     counts = board.verdicts(room)
     said = " ".join(badge(v, f"{n} {v}") for v, n in counts.items() if n)

@@ -157,8 +157,8 @@ def stub(root, k, slug, paper, text, code, figures) -> bytes:
                 "source": source.splitlines(keepends=True)} | more
 
     def run(source, *outputs, tags=()):
-        shown = [{"output_type": "display_data", "data": data, "metadata": {}}
-                 for data in outputs]
+        shown = [{"output_type": "display_data", "data": data,
+                  "metadata": metadata} for data, metadata in outputs]
         cells.append(cell("code", source, outputs=shown, execution_count=None,
                           metadata={"tags": list(tags)} if tags else {}))
 
@@ -170,7 +170,8 @@ def stub(root, k, slug, paper, text, code, figures) -> bytes:
     claims = [Claim.load(f"{paper}/claim-{i}", root / "registrations")
               for i in range(CLAIMS)]
     for claim in claims:
-        run(f'Claim.load("{claim.id}")', {"text/html": claim._repr_html_()})
+        run(f'Claim.load("{claim.id}")',
+            ({"text/html": claim._repr_html_()}, {}))
     written = lines = at = 0
     while written < CHARACTERS or lines < LINES:
         if written < CHARACTERS:
@@ -184,7 +185,7 @@ def stub(root, k, slug, paper, text, code, figures) -> bytes:
         at += 1
     for i in range(FIGURES):
         html = figures[(FIGURES * k + i) % len(figures)]
-        run("show(fig)", own_figure(html, FIGURES * k + i))
+        run("show(fig)", (own_figure(html, FIGURES * k + i), {}))
     for claim in claims:
         effect = rng.normal(rng.normal(0.5, 0.6), 0.5, 16)
         verdict = claim.judge(
@@ -192,7 +193,7 @@ def stub(root, k, slug, paper, text, code, figures) -> bytes:
             scale="book", seeds=range(1000, 1016), seconds=30.0,
         )
         shown = verdict._repr_mimebundle_()
-        assert MIME in shown
+        assert MIME in shown[0]
         run("verdict", shown)
     return notebook_bytes({"cells": cells, "nbformat": 4, "nbformat_minor": 5,
                            "metadata": {"kernelspec": KERNEL}})

@@ -17,6 +17,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from .board import board
 from .claims import load_claims
 from .ledger import Ledger
 from .papers import Paper, load_papers, to_bibtex
@@ -453,6 +454,7 @@ def setup(app: Any) -> dict[str, Any]:
 
     app.add_directive("cite-book", CiteBook)
     app.connect("config-inited", _configure, priority=960)
+    app.connect("builder-inited", _surfaces)  # before the work is divided
     app.connect("source-read", _fold_code)
     app.connect("doctree-read", _add_head)
     app.connect("html-page-context", _finish_page, priority=900)
@@ -474,14 +476,11 @@ def _fold_code(app, docname, source):
         source[0] = json.dumps(folded(json.loads(source[0])))
 
 
-def _once(app, read):
-    """What is read from the checkout, once a build."""
-    if not hasattr(app, "reappraisal_read"):
-        app.reappraisal_read = {}
-    found = app.reappraisal_read
-    if read not in found:
-        found[read] = read(Path(app.srcdir).parent)
-    return found[read]
+def _surfaces(app):
+    """The public names of all modules, read once a build."""
+    if not hasattr(app, "reappraisal_surfaces"):
+        app.reappraisal_surfaces = surfaces(Path(app.srcdir).parent)
+    return app.reappraisal_surfaces
 
 
 def _add_head(app, doctree):
@@ -496,7 +495,7 @@ def _add_head(app, doctree):
     room, slug = doc.split("/")
     registered = root / "registrations"
     watched = [root / "settings.ini", registered / "papers.yml",
-               root / f"reappraisal/{doc}.py"]
+               *root.glob(f"reappraisal/{doc}.py")]
     claims = {}
     if (registered / f"{room}.yml").is_file():
         watched.append(registered / f"{room}.yml")
@@ -507,11 +506,10 @@ def _add_head(app, doctree):
             if (p.room, p.chapter.replace("-", "_")) == (room, slug)]
     verdicts = ""
     if claims:
-        ledger = _once(app, Ledger.read)
-        verdicts = badges(room, slug, claims, ledger)
+        verdicts = badges(room, slug, claims, board(app).ledger)
     notebook = json.loads(path.read_text(encoding="utf-8"))
     html = head(doc, notebook, title.astext(), settings(root), mine, verdicts,
-                _once(app, surfaces).get(doc),
+                _surfaces(app).get(doc),
                 lambda to: app.builder.get_relative_uri(doc, to))
     at = title.parent.index(title) + 1
     if isinstance(title.parent[at], nodes.block_quote):
@@ -554,6 +552,6 @@ def _write_extras(app, exception):
         docs = set(app.env.found_docs) - {"404"}
         (out / "sitemap.xml").write_text(
             sitemap(app.config.html_baseurl, docs), encoding="utf-8")
-        said = [e.verdict.verdict for e in _once(app, Ledger.read).entries]
+        said = [e.verdict.verdict for e in board(app).ledger.entries]
         social_image(out / "_static" / "social.png",
                      {v: said.count(v) for v in VERDICTS})

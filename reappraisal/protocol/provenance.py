@@ -155,7 +155,6 @@ def _absolute(node: ast.ImportFrom, package: str) -> str:
     return ".".join([*base, *filter(None, [node.module])])
 
 
-@lru_cache(maxsize=512)
 def references(tree: ast.AST, package: str = "") -> References:
     """Modules that a syntax tree imports or names.
 
@@ -203,6 +202,13 @@ def _imported(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [item.name for item in node.names]
     return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+@lru_cache(maxsize=16384)
+def _mentioned(source: str) -> References | None:
+    """What a cell mentions; the book is asked for this again and again."""
+    tree = parse_cell(source)
+    return references(tree) if tree else None
 
 # %% ../../nbs/protocol/provenance.ipynb #1ba7804a
 @dataclass(frozen=True)
@@ -292,15 +298,17 @@ def _lazy_names(name: str, key, value) -> set[str]:
     return {f"{PACKAGE}.{module}"}
 
 # %% ../../nbs/protocol/provenance.ipynb #afb5b4cb
-def closure(root: Path, trees: Iterable[ast.AST]) -> dict[str, Path]:
+def closure(
+    root: Path, mentioned: Iterable[References]
+) -> dict[str, Path]:
     """All the book's modules that some code depends on.
 
     Parameters
     ----------
     root : Path
         The checkout.
-    trees : iterable of ast.AST
-        The code that imports them.
+    mentioned : iterable of References
+        Of the code that imports them.
 
     Returns
     -------
@@ -308,7 +316,7 @@ def closure(root: Path, trees: Iterable[ast.AST]) -> dict[str, Path]:
         Dotted name to file, in order of name; the top package itself is not
         in it.
     """
-    todo = [name for tree in trees for name in references(tree).own]
+    todo = [name for code in mentioned for name in code.own]
     found: dict[str, Path] = {}
     while todo:
         name = todo.pop()
@@ -513,11 +521,10 @@ def provenance(
     defaults = parameters_of(book, label)
     settings = chapter.root / "settings.ini"
     sources = [c["source"] for c in working_cells(book)]
-    trees = [tree for tree in map(parse_cell, sources) if tree]
-    paths = closure(chapter.root, trees)
+    mentioned = [found for found in map(_mentioned, sources) if found]
+    paths = closure(chapter.root, mentioned)
     modules = {name: read_module(p, name) for name, p in paths.items()}
     files = inputs(chapter, book)
-    mentioned = [references(tree) for tree in trees]
     mentioned += [module.references for module in modules.values()]
     return Provenance(
         chapter=chapter.name,

@@ -387,4 +387,8 @@ def _prepare(app, what, name, obj, options, lines):
 
 
 def _shorten(app, what, name, obj, options, signature, returns):
-    return short_defaults(signature) if signature else None, returns
+    if not signature:
+        return None, returns
+    # where an object was in memory differs from build to build
+    signature = re.sub(r" object at 0x[0-9a-f]+", "", signature)
+    return short_defaults(signature), returns

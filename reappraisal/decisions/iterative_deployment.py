@@ -331,7 +331,7 @@ def write_plans(
     Parameters
     ----------
     planners : Ensemble
-        Of A `Planner`s.
+        A members, each a `Planner`.
     world : Blocksworld
     starts, goals : Tensor [A, N]
     samples : int

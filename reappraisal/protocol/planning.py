@@ -130,7 +130,8 @@ def timings(
         not known) and `threads`.
     """
     catalog = load_papers(Path(root) / "registrations").values()
-    rooms = {paper.room for paper in catalog}
+    findings = {f"{paper.room}/{paper.chapter}".replace("-", "_")
+                for paper in catalog}
     fields = "chapter scale seconds cpu threads".split()
     known = [r for store in stores for r in records(store)]
     for chapter in chapters(root):
@@ -140,7 +141,7 @@ def timings(
             known.append({"chapter": chapter.name, "scale": "book"} | record)
     rows = [
         {field: record.get(field) for field in fields} for record in known
-        if record["chapter"].partition("/")[0] in rooms
+        if record["chapter"] in findings
     ]
     return sorted(rows, key=lambda r: tuple(map(str, r.values())))
 

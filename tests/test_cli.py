@@ -5,10 +5,11 @@ import shutil
 import subprocess
 import sys
 
+import papermill
 import pytest
 from tiny_book import CHECKOUT, TinyBook
 
-from reappraisal.protocol import cli
+from reappraisal.protocol import checks, cli
 from reappraisal.protocol.progress import EVENTS, EVENTS_SCHEMA
 
 
@@ -110,7 +111,7 @@ def test_help_is_prompt_because_nothing_heavy_is_imported():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("run", "status", "verify", "verdicts", "check", "new",
-                 "register"):
+                 "register", "keep"):
         assert f" {name} " in done.stdout
 
 
@@ -139,6 +140,36 @@ def test_a_new_chapter_passes_and_its_verdict_is_printed(tmp_path):
     assert code == 1 and "stale" in text
     code, text = book.command("verdicts", "--json")
     assert "refused" in text
+
+
+def test_a_run_at_paper_scale_is_kept_beside_its_chapter(tmp_path):
+    book = TinyBook(tmp_path / "book")
+    shutil.copytree(CHECKOUT / "reappraisal", book.root / "reappraisal")
+    rules = book.root / "registrations"
+    rules.mkdir()
+    shutil.copy(CHECKOUT / "registrations/papers.yml", rules)
+    assert book.command("new", "dynamics/mine", "--paper", "A02")[0] == 0
+    entry = rules / "dynamics.yml"
+    entry.write_text(entry.read_text().replace(
+        "{smoke: 8, book: 32}", "{smoke: 8, book: 32, paper: 64}"))
+    assert book.command("register")[0] == 0
+    executed = tmp_path / "out.ipynb"
+    papermill.execute_notebook(
+        book.path("dynamics/mine"), executed, {"scale": "paper"},
+        cwd=book.root / "nbs/dynamics", progress_bar=False)
+    words = "keep", "dynamics/mine", executed, "--machine", "one GPU"
+    code, text = book.command(*words)
+    kept = book.root / "nbs/dynamics/mine_paper.json"
+    assert code == 0 and str(kept) in text
+    record, = json.loads(kept.read_text())["verdicts"]
+    assert (record["scale"], record["n"]) == ("paper", 64)
+    problems = checks.outputs(book.root)
+    assert problems == [p for p in problems if "_paper" not in p]
+    kept.write_text(kept.read_text().replace("sha256:", "sha256:0"))
+    assert [p for p in checks.outputs(book.root) if "_paper" in p]
+    code, text = book.command("keep", "dynamics/mine", book.path(
+        "dynamics/mine"), "--machine", "one GPU")
+    assert code == 1 and "no verdict at paper scale" in text
 
 
 def test_a_command_line_as_papermill_would_have_it():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .claims import changed_silently, load_claims
 from .ledger import Ledger
+from .paper_scale import at_paper_scale
 from .papers import load_papers, read_yaml, to_bibtex
 
 # %% auto #0
@@ -223,6 +224,11 @@ def outputs(root: Path) -> list[str]:
         if path.exists():
             problems.append(f"{path.relative_to(root)}: has no verdict for "
                             f"{id}")
+    for path in sorted((root / "nbs").glob("*/*_paper.json")):
+        try:
+            at_paper_scale(path, (), root / "registrations")
+        except ValueError as error:
+            problems.append(f"{path.relative_to(root)}: {error}")
     return problems
 
 

@@ -61,7 +61,7 @@ AsJson = Annotated[
 
 # %% auto #0
 __all__ = ['app', 'Names', 'Root', 'Cache', 'Trust', 'AsJson', 'usage_errors', 'open_store', 'one_line', 'Progress', 'run',
-           'status', 'verify', 'verdicts', 'check', 'new', 'register', 'export', 'joined', 'main']
+           'status', 'verify', 'verdicts', 'check', 'new', 'register', 'keep', 'export', 'joined', 'main']
 
 # %% ../../nbs/protocol/cli.ipynb #9a8ffcc5
 @contextmanager
@@ -618,6 +618,32 @@ def register(root: Root = None) -> None:
     for claim in added:
         typer.echo(f"registered {claim}")
     typer.echo(f"{len(added)} new; commit registrations/ before the first run")
+
+
+@app.command()
+def keep(
+    name: Annotated[
+        str, typer.Argument(metavar="ROOM/SLUG", help="The chapter.")
+    ],
+    executed: Annotated[
+        Path,
+        typer.Argument(metavar="OUT.ipynb", help="Its run at paper scale."),
+    ],
+    machine: Annotated[str, typer.Option(help="What it ran on, in words.")],
+    root: Root = None,
+) -> None:
+    """Keep the verdicts of a run at paper scale beside the chapter."""
+    from reappraisal.protocol.paper_scale import keep as keep_verdicts
+
+    with usage_errors():
+        root = find_root(root)
+        (chapter,) = select(root, [name])
+    try:
+        path = keep_verdicts(executed, chapter, machine, root / "registrations")
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"wrote {path}")
 
 # %% ../../nbs/protocol/cli.ipynb #94bd2f6e
 @app.command()

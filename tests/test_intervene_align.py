@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import shaken
 from scipy.cluster.hierarchy import dendrogram
 from torch import nn
 
@@ -32,17 +33,6 @@ from reappraisal.lab import models
 from reappraisal.lab.ensemble import Ensemble
 from reappraisal.lab.models import generator
 from reappraisal.measure.sharpness import barrier
-
-
-def shaken(net, seed=0):
-    draws = generator(seed)
-    net = net.double().eval()
-    for t in (*net.parameters(), *net.buffers()):
-        if t.is_floating_point():
-            t.data.uniform_(0.5, 1.5, generator=draws)
-            if t.ndim > 1:
-                t.data.normal_(0, 0.5, generator=draws)
-    return net
 
 
 def conv_bn():

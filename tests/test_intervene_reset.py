@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import Everything
 from torch import nn
 
 from reappraisal.intervene.reset import (
@@ -34,23 +35,6 @@ SCRAMBLES = {
     "haar": haar_singular_vectors,
     "shuffle": shuffle_elements,
 }
-
-
-class Attending(nn.Module):
-    """Batch norm, dropout, a skip and attention in one small network."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(6, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.mix = models.Attention(4, 2, False)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        h = self.norm(self.first(x)).relu()
-        h = h + self.mix(h.view(-1, 2, 4)).flatten(1)
-        return self.head(self.drop(h))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +114,7 @@ def test_layers_of_one_shape_get_different_draws(name):
 
 
 def test_a_layer_goes_back_with_buffers_and_blocks():
-    first = Attending()
+    first = Everything()
     net = copy.deepcopy(first).train()
     for p in net.parameters():
         p.data += 1
@@ -158,7 +142,7 @@ def test_gradients_and_requires_grad():
 
 
 def test_kinds_of_layers():
-    assert layer_names(Attending()) == [
+    assert layer_names(Everything()) == [
         "first", "mix.read", "mix.write", "head",
     ]
     assert layer_names(nn.Linear(2, 2)) == [""]
@@ -305,7 +289,7 @@ def test_displacement_without_margin():
 
 
 def test_statistics_are_those_of_the_data():
-    net = Attending().eval()
+    net = Everything().eval()
     out = refresh_statistics(net, (X, Y), batch_size=40)
     hidden = net.first(X)
     assert torch.allclose(out.norm.running_mean, hidden.mean(0), atol=1e-6)
@@ -402,7 +386,7 @@ def test_null_and_planted_effects(pair):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_module_with_everything_is_left_untouched(training):
-    net = Attending().train(training)
+    net = Everything().train(training)
     first = copy.deepcopy(net)
     net.head(torch.randn(2, 8)).sum().backward()
     grad, before = net.head.weight.grad.clone(), state(net)

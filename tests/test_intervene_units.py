@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import shaken
 from torch import nn
 
 from reappraisal.intervene.factorise import svd_factorise
@@ -21,18 +22,6 @@ from reappraisal.intervene.units import (
 from reappraisal.lab import models
 from reappraisal.lab.ensemble import Ensemble
 from reappraisal.lab.models import generator
-
-
-def shaken(net, seed=0):
-    """Double precision, generic weights and running averages."""
-    draws = generator(seed)
-    net = net.double().eval()
-    for t in (*net.parameters(), *net.buffers()):
-        if t.is_floating_point():
-            t.data.uniform_(0.5, 1.5, generator=draws)
-            if t.ndim > 1:
-                t.data.normal_(0, 0.5, generator=draws)
-    return net
 
 
 def gap(a, b):

@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import Everything
 from sklearn import covariance, metrics, neighbors
 from torch import nn
 
@@ -438,23 +439,6 @@ def test_pieces_do_not_matter(monkeypatch):
 
 
 # networks
-
-
-class Everything(nn.Module):
-    """Batch norm, dropout, a skip and attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(6, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.mix = models.Attention(4, 2, False)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        h = self.norm(self.first(x)).relu()
-        h = h + self.mix(h.view(-1, 2, 4)).flatten(1)
-        return self.head(self.drop(h))
 
 
 def ensemble():

@@ -71,6 +71,70 @@ def slices(
         w = w * math.sqrt(0.5)
     return w.mT if w.shape[-1] > w.shape[-2] else w
 
+# %% ../../nbs/measure/spectra.ipynb #56ce6d86
+def _bidiagonal(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared entries [B, M] and [B, M - 1] after reflections from both
+    sides of matrices [B, N, M], N >= M."""
+    w = w.clone()
+    size = w.shape[-1]
+
+    def reflection(x):
+        norm = x.norm(dim=1)
+        v = x.clone()
+        v[:, 0] += norm.copysign(x[:, 0])
+        half = norm * (norm + x[:, 0].abs())
+        scale = torch.where(half > 0, 1 / half, 0.0)
+        return norm.square(), v, scale[:, None, None]
+
+    main, beside = [], []
+    for k in range(size):
+        square, v, scale = reflection(w[:, k:, k])
+        main.append(square)
+        if k == size - 1:
+            break
+        rest = w[:, k:, k + 1 :]
+        rest.baddbmm_(v[..., None], (v[:, None] @ rest) * scale, alpha=-1)
+        square, v, scale = reflection(w[:, k, k + 1 :])
+        beside.append(square)
+        rest = w[:, k + 1 :, k + 1 :]
+        rest.baddbmm_((rest @ v[..., None]) * scale, v[:, None], alpha=-1)
+    none = w.new_zeros(len(w), 0)
+    return torch.stack(main, 1), torch.stack(beside, 1) if beside else none
+
+
+def _singular_values(main: Tensor, beside: Tensor) -> Tensor:
+    """Of bidiagonal matrices with these squared entries, ascending."""
+    many, size = main.shape
+    top = main.amax(1).sqrt()
+    if size > 1:
+        top = top + beside.amax(1).sqrt()
+    beside = torch.cat([beside, main.new_zeros(many, 1)], 1)
+    squares = torch.stack([main, beside], 2).flatten(1)[:, :-1]
+    # a zero pivot is followed by an infinite one; 0 / 0 must not occur
+    rows = squares.clamp(min=1e-290).T[..., None].contiguous().unbind()
+    at = torch.arange(size, device=main.device)
+    cuts = torch.arange(1, 4, device=main.device).view(3, 1, 1) / 4
+    low = main.new_zeros(many, size)
+    width = top[:, None].expand(many, size)
+    pivots = main.new_empty(64, 3, many, size)
+    # three cuts leave a quarter of the interval
+    for _ in range(27):
+        first = -(low + cuts * width)
+        below = torch.zeros_like(first, dtype=torch.long)
+        pivots[0] = last = first
+        used = 1
+        for square in rows:
+            if used == len(pivots):
+                below += (pivots < 0).sum(0)
+                used = 0
+            torch.addcdiv(first, square, last, value=-1, out=pivots[used])
+            last = pivots[used]
+            used += 1
+        below += (pivots[:used] < 0).sum(0)
+        width = width / 4
+        low = low + width * (below <= at + size).sum(0)
+    return low + width / 2
+
 # %% ../../nbs/measure/spectra.ipynb #7cf86b85
 # below this ratio of smallest to largest eigenvalue, decompose properly
 _TRUSTED = 1e-8
@@ -103,7 +167,15 @@ def spectrum(
         As `slices`.
     """
     w = slices(weight, batched=batched, conv_norm=conv_norm)
-    if exact:
+    many = w.shape[:-2].numel()
+    if w.is_cuda and many >= 8 and w.shape[-1] > 32:
+        # libraries on a GPU take one matrix of this size after another
+        rows = max(1, 2**27 // w.shape[-2:].numel())
+        found = torch.cat([
+            _singular_values(*_bidiagonal(part)).square()
+            for part in w.flatten(0, -3).split(rows)
+        ]).view(*w.shape[:-2], -1)
+    elif exact:
         found = torch.linalg.svdvals(w).square()
     else:
         found = torch.linalg.eigvalsh(w.mT @ w)
@@ -533,7 +605,7 @@ def fit_bulk(evals: Any, aspect: float) -> BulkFit:
         If the spectrum is not one-dimensional or all zero, or `aspect` is
         not in (0, 1].
     """
-    from scipy.optimize import brute
+    from scipy.optimize import brute, fmin
 
     x = _checked(evals).cpu().numpy()
     if x.ndim != 1 or x[-1] == 0:
@@ -555,18 +627,28 @@ def fit_bulk(evals: Any, aspect: float) -> BulkFit:
 
     def misfit(sigma):
         sigma = float(np.squeeze(sigma))
-        if aspect == 1:
-            y = np.sqrt(np.maximum(4 - grid**2, 0)) / (np.pi * sigma**2)
-        else:
-            lo, hi = (sigma * (1 - root)) ** 2, (sigma * (1 + root)) ** 2
-            if hi < peak or hi > grid[-1] or lo > peak:
-                return 1e6 * len(grid)
-            y = MarchenkoPastur(sigma**2, aspect).pdf(grid)
+        lo, hi = (sigma * (1 - root)) ** 2, (sigma * (1 + root)) ** 2
+        if hi < peak or hi > grid[-1] or lo > peak:
+            return 1e6 * len(grid)
+        y = MarchenkoPastur(sigma**2, aspect).pdf(grid)
         return ((y - density) ** 2).sum()
 
     guess = math.sqrt(x[-1]) / (1 + root)
     steps = slice(0.05 * guess, 2 * guess, 0.01 * guess)
-    sigma = abs(float(brute(misfit, (steps,), disp=False)[0]))
+    if aspect == 1:
+        # the law is y / sigma^2, and its misfit a parabola in 1 / sigma^2
+        y = np.sqrt(np.maximum(4 - grid**2, 0)) / np.pi
+        a, b, c = y @ y, 2 * (y @ density), density @ density
+
+        def square(sigma):
+            z = sigma**-2.0
+            return (a * z - b) * z + c
+
+        tried = np.mgrid[steps]
+        best = tried[square(tried).argmin()]
+        sigma = abs(float(fmin(square, best, disp=False)[0]))
+    else:
+        sigma = abs(float(brute(misfit, (steps,), disp=False)[0]))
     lo, hi = (sigma * (1 - root)) ** 2, (sigma * (1 + root)) ** 2
     m = len(x)
     margin = math.sqrt(root * hi ** (2 / 3) * m ** (-2 / 3))
@@ -872,7 +954,7 @@ def analyse_weights(
             raise ValueError(
                 f"layers: no layer {name!r}; {', '.join(weights)} are there"
             )
-    found = {}
+    found, groups = {}, {}
     for name, w in weights.items():
         out, into, *kernel = w.shape[many:]
         count = min(out, into) * math.prod(kernel)
@@ -880,10 +962,25 @@ def analyse_weights(
             continue
         if not min_evals <= count <= max_evals:
             continue
-        try:
-            found[name] = layer_metrics(w, batched=many, **options)
-        except ValueError as error:
-            raise ValueError(f"model: layer {name!r}: {error}") from None
+        if not torch.isfinite(w).all():
+            bad = int((~torch.isfinite(w)).sum())
+            raise ValueError(
+                f"model: layer {name!r}: weight: {bad} of {w.numel()} "
+                "entries are not finite"
+            )
+        found[name] = None
+        groups.setdefault(w.shape if many else name, []).append(name)
+    for names in groups.values():
+        # layers of one shape are taken for members
+        w = [weights[k].detach() for k in names]
+        w = torch.cat(w) if many else w[0]
+        metrics = layer_metrics(w, batched=many, **options)
+        size = len(w) // len(names) if many else 1
+        for i, name in enumerate(names):
+            part = slice(i * size, (i + 1) * size)
+            found[name] = {
+                k: v[part] if many else v for k, v in metrics.items()
+            }
     if not found:
         raise ValueError(
             f"model: no layer has between {min_evals} and {max_evals} "

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['slices', 'spectrum', 'stable_rank', 'participation_ratio', 'effective_rank', 'matrix_rank', 'matrix_entropy',
-           'PowerLawFit', 'fit_powerlaw', 'MarchenkoPastur', 'BulkFit', 'fit_bulk', 'shuffled', 'spectral_distance',
-           'layer_metrics', 'WeightReport', 'weights_of', 'analyse_weights']
+__all__ = ['slices', 'bidiagonal_spectrum', 'spectrum', 'stable_rank', 'participation_ratio', 'effective_rank', 'matrix_rank',
+           'matrix_entropy', 'PowerLawFit', 'fit_powerlaw', 'MarchenkoPastur', 'BulkFit', 'fit_bulk', 'shuffled',
+           'spectral_distance', 'layer_metrics', 'WeightReport', 'weights_of', 'analyse_weights']
 
 # %% ../../nbs/measure/spectra.ipynb #b42c6116
 def slices(
@@ -134,6 +134,33 @@ def _singular_values(main: Tensor, beside: Tensor) -> Tensor:
         width = width / 4
         low = low + width * (below <= at + size).sum(0)
     return low + width / 2
+
+
+def bidiagonal_spectrum(main: Tensor, beside: Tensor) -> Tensor:
+    """Squared singular values of bidiagonal matrices.
+
+    Parameters
+    ----------
+    main, beside : Tensor [B, n], [B, n - 1]
+        Squares of their entries, in double precision.
+
+    Returns
+    -------
+    Tensor [B, n]
+        Ascending. On the CPU by LAPACK, to the rounding of the largest.
+    """
+    if main.is_cuda:
+        rows = max(1, 2**18 // main.shape[-1])
+        parts = zip(main.split(rows), beside.split(rows), strict=True)
+        return torch.cat([_singular_values(*p) for p in parts]).square()
+    from scipy.linalg import eigvalsh_tridiagonal
+
+    d, e = main.numpy(), beside.numpy()
+    diagonal = d.copy()
+    diagonal[:, 1:] += e
+    off = np.sqrt(d[:, :-1]) * np.sqrt(e)
+    found = map(eigvalsh_tridiagonal, diagonal, off)
+    return torch.as_tensor(np.array(list(found))).clamp(min=0)
 
 # %% ../../nbs/measure/spectra.ipynb #7cf86b85
 # below this ratio of smallest to largest eigenvalue, decompose properly
@@ -620,8 +647,14 @@ def fit_bulk(evals: Any, aspect: float) -> BulkFit:
     fitted = np.sqrt(x) if aspect == 1 else x
     root, h = math.sqrt(aspect), 0.1
     grid = np.linspace(0, fitted[-1] + 0.5, 1000)
-    near = np.maximum(0, 1 - np.abs(grid[:, None] - fitted) / h)
-    density = near.mean(-1) / h
+    density = np.empty_like(grid)
+    for rows in range(0, len(grid), 50):  # so few that they stay in cache
+        near = grid[rows : rows + 50, None] - fitted
+        np.abs(near, out=near)
+        near /= h
+        np.subtract(1, near, out=near)
+        np.maximum(0, near, out=near)
+        density[rows : rows + 50] = near.mean(-1) / h
     grid, density = grid[density > 0.01], density[density > 0.01]
     peak = grid[density.argmax()]
 

@@ -195,7 +195,7 @@ def spectrum(
     """
     w = slices(weight, batched=batched, conv_norm=conv_norm)
     many = w.shape[:-2].numel()
-    if w.is_cuda and many >= 8 and w.shape[-1] > 32:
+    if w.is_cuda and many > 1 and w.shape[-1] > 32:
         # libraries on a GPU take one matrix of this size after another
         rows = max(1, 2**27 // w.shape[-2:].numel())
         found = torch.cat([
@@ -835,7 +835,7 @@ def _bulks(evals: Tensor, aspect: float) -> dict[str, Tensor]:
         list(vars(fit_bulk(x, aspect)).values())
         if x[-1] > 0
         else [math.nan] * 5
-        for x in evals.reshape(-1, evals.shape[-1])
+        for x in evals.cpu().reshape(-1, evals.shape[-1])
     ]
     columns = torch.tensor(rows, dtype=torch.float64, device=evals.device)
     return {

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -224,9 +225,13 @@ class Resets:
     displacement: dict[str, Tensor]
     distance: dict[str, Tensor]
 
+    @cached_property
+    def _accuracies(self) -> dict[str, Tensor]:
+        return {k: v.double().mean(-1) for k, v in self.correct.items()}
+
     def accuracy(self, kind: str) -> Tensor:
         """With a layer reset, [S, L, D]."""
-        return self.correct[kind].double().mean(-1)
+        return self._accuracies[kind]
 
     def drop(self, kind: str) -> Tensor:
         """Accuracy lost, [S, L, D]."""

@@ -92,12 +92,16 @@ def _bidiagonal(w: Tensor) -> tuple[Tensor, Tensor]:
         main.append(square)
         if k == size - 1:
             break
-        rest = w[:, k:, k + 1 :]
-        rest.baddbmm_(v[..., None], (v[:, None] @ rest) * scale, alpha=-1)
-        square, v, scale = reflection(w[:, k, k + 1 :])
+        rest, v = w[:, k:, k + 1 :], v[..., None]
+        row = (v.mT @ rest) * scale
+        square, u, scale = reflection(rest[:, 0] - v[:, 0] * row[:, 0])
         beside.append(square)
-        rest = w[:, k + 1 :, k + 1 :]
-        rest.baddbmm_((rest @ v[..., None]) * scale, v[:, None], alpha=-1)
+        u = u[..., None]
+        column = (rest @ u - v * (row @ u)) * scale
+        # both reflections in one go
+        rest.baddbmm_(
+            torch.cat([v, column], 2), torch.cat([row, u.mT], 1), alpha=-1
+        )
     none = w.new_zeros(len(w), 0)
     return torch.stack(main, 1), torch.stack(beside, 1) if beside else none
 
@@ -113,25 +117,29 @@ def _singular_values(main: Tensor, beside: Tensor) -> Tensor:
     # a zero pivot is followed by an infinite one; 0 / 0 must not occur
     rows = squares.clamp(min=1e-290).T[..., None].contiguous().unbind()
     at = torch.arange(size, device=main.device)
-    cuts = torch.arange(1, 4, device=main.device).view(3, 1, 1) / 4
+    # so many parts of an interval at a time that a GPU has enough to do
+    parts = 8 if many * size <= 2**17 else 4
+    cuts = torch.arange(1, parts, device=main.device) / parts
+    cuts = cuts.double().view(-1, 1, 1)
     low = main.new_zeros(many, size)
     width = top[:, None].expand(many, size)
-    pivots = main.new_empty(64, 3, many, size)
-    # three cuts leave a quarter of the interval
-    for _ in range(27):
+    pivots = main.new_empty(64, parts - 1, many, size)
+    slots = pivots.unbind()
+    for _ in range(18 if parts == 8 else 27):
         first = -(low + cuts * width)
         below = torch.zeros_like(first, dtype=torch.long)
-        pivots[0] = last = first
+        last = slots[0].copy_(first)
         used = 1
         for square in rows:
-            if used == len(pivots):
+            if used == len(slots):
                 below += (pivots < 0).sum(0)
                 used = 0
-            torch.addcdiv(first, square, last, value=-1, out=pivots[used])
-            last = pivots[used]
+            last = torch.addcdiv(
+                first, square, last, value=-1, out=slots[used]
+            )
             used += 1
         below += (pivots[:used] < 0).sum(0)
-        width = width / 4
+        width = width / parts
         low = low + width * (below <= at + size).sum(0)
     return low + width / 2
 

@@ -552,18 +552,26 @@ def laundry(
     -------
     Laundry
     """
-    before = grades(model, layers, ["alpha"])[0].mean(-1).cpu().numpy()
+    before = grades(model, layers, ["alpha"])[0].mean(-1).numpy()
     after, harmless, logits = [], [], 0.0
-    for d, sigma in enumerate(sigmas):
-        twin = rescale_neurons(model, x, sigma, seed + d)
-        alpha = grades(twin, layers, ["alpha"])[0].mean(-1)
-        after.append(alpha.cpu().numpy())
-        far = same_function(model, twin, x)
-        ok = (far.max_abs < 1e-9) & (far.label_flips == 0)
-        harmless.append(ok.cpu().numpy())
-        logits = max(logits, float(far.max_abs.max()))
+    few = 5  # graded together
+    for at in range(0, len(sigmas), few):
+        twins = []
+        for d, sigma in enumerate(sigmas[at : at + few], at):
+            twin = rescale_neurons(model, x, sigma, seed + d)
+            far = same_function(model, twin, x)
+            ok = (far.max_abs < 1e-9) & (far.label_flips == 0)
+            harmless.append(ok.cpu().numpy())
+            logits = max(logits, float(far.max_abs.max()))
+            twins.append(twin)
+        names = [f"{k}.weight" for k in layers]
+        weights = {k: torch.cat([t.params[k] for t in twins]) for k in names}
+        alpha = grades(replace(model, params=weights), layers, ["alpha"])
+        after.append(alpha[0].mean(-1).view(len(twins), -1).numpy())
     sd = float(before.std(ddof=1))
-    return Laundry(before, np.array(after), np.array(harmless), sd, logits)
+    return Laundry(
+        before, np.concatenate(after), np.array(harmless), sd, logits
+    )
 
 
 def evidence_function(

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -225,13 +224,13 @@ class Resets:
     displacement: dict[str, Tensor]
     distance: dict[str, Tensor]
 
-    @cached_property
-    def _accuracies(self) -> dict[str, Tensor]:
-        return {k: v.double().mean(-1) for k, v in self.correct.items()}
+    def __post_init__(self):
+        shares = {k: v.double().mean(-1) for k, v in self.correct.items()}
+        object.__setattr__(self, "_accuracy", shares)
 
     def accuracy(self, kind: str) -> Tensor:
         """With a layer reset, [S, L, D]."""
-        return self._accuracies[kind]
+        return self._accuracy[kind]
 
     def drop(self, kind: str) -> Tensor:
         """Accuracy lost, [S, L, D]."""

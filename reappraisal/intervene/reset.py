@@ -359,9 +359,9 @@ def _frames(basis: Tensor, turned: slice, seeds, stream: str) -> Tensor:
     return basis
 
 
-def _turned(weights: Tensor, seeds, name: str, part) -> Tensor:
+def _turned(weights: Tensor, seeds, name: str, part, known=None) -> Tensor:
     """Same singular values `[S, m, ...]`, other vectors."""
-    U, s, Vh = torch.linalg.svd(
+    U, s, Vh = known or torch.linalg.svd(
         weights.double().flatten(2), full_matrices=False
     )
     ends = slice(*(round(p * s.shape[-1]) for p in part))
@@ -387,6 +387,7 @@ def haar_singular_vectors(
     layer: str | Sequence[str],
     seed: int | Sequence[int],
     part: tuple[float, float] = (0.0, 1.0),
+    factors: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Model:
     """Keep a layer's singular values and make its vectors Haar-random.
 
@@ -401,6 +402,9 @@ def haar_singular_vectors(
     part : (float, float)
         Which singular values lose their vectors, as shares of their number
         from the largest: (0, 0.5) is the upper half of the spectrum.
+    factors : mapping from names of an ensemble's weights, optional
+        To `U, s, Vh` of `torch.linalg.svd(..., full_matrices=False)` in
+        double precision, so that more draws need no more decompositions.
 
     Returns
     -------
@@ -420,7 +424,8 @@ def haar_singular_vectors(
     return _with(
         model,
         _scrambled(
-            model, layer, seeds, lambda w, s, k: _turned(w, s, k, part)
+            model, layer, seeds,
+            lambda w, s, k: _turned(w, s, k, part, (factors or {}).get(k)),
         ),
     )
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['slices', 'spectrum', 'stable_rank', 'participation_ratio', 'effective_rank', 'matrix_rank', 'matrix_entropy',
-           'PowerLawFit', 'fit_powerlaw', 'MarchenkoPastur', 'BulkFit', 'fit_bulk', 'shuffled', 'spectral_distance',
-           'layer_metrics', 'WeightReport', 'weights_of', 'analyse_weights']
+__all__ = ['slices', 'bidiagonal_spectrum', 'spectrum', 'stable_rank', 'participation_ratio', 'effective_rank', 'matrix_rank',
+           'matrix_entropy', 'PowerLawFit', 'fit_powerlaw', 'MarchenkoPastur', 'BulkFit', 'fit_bulk', 'shuffled',
+           'spectral_distance', 'layer_metrics', 'WeightReport', 'weights_of', 'analyse_weights']
 
 # %% ../../nbs/measure/spectra.ipynb #b42c6116
 def slices(
@@ -71,6 +71,105 @@ def slices(
         w = w * math.sqrt(0.5)
     return w.mT if w.shape[-1] > w.shape[-2] else w
 
+# %% ../../nbs/measure/spectra.ipynb #56ce6d86
+def _bidiagonal(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared entries [B, M] and [B, M - 1] after reflections from both
+    sides of matrices [B, N, M], N >= M."""
+    w = w.clone()
+    size = w.shape[-1]
+
+    def reflection(x):
+        norm = x.norm(dim=1)
+        v = x.clone()
+        v[:, 0] += norm.copysign(x[:, 0])
+        half = norm * (norm + x[:, 0].abs())
+        scale = torch.where(half > 0, 1 / half, 0.0)
+        return norm.square(), v, scale[:, None, None]
+
+    main, beside = [], []
+    for k in range(size):
+        square, v, scale = reflection(w[:, k:, k])
+        main.append(square)
+        if k == size - 1:
+            break
+        rest, v = w[:, k:, k + 1 :], v[..., None]
+        row = (v.mT @ rest) * scale
+        square, u, scale = reflection(rest[:, 0] - v[:, 0] * row[:, 0])
+        beside.append(square)
+        u = u[..., None]
+        column = (rest @ u - v * (row @ u)) * scale
+        # both reflections in one go
+        rest.baddbmm_(
+            torch.cat([v, column], 2), torch.cat([row, u.mT], 1), alpha=-1
+        )
+    none = w.new_zeros(len(w), 0)
+    return torch.stack(main, 1), torch.stack(beside, 1) if beside else none
+
+
+def _singular_values(main: Tensor, beside: Tensor) -> Tensor:
+    """Of bidiagonal matrices with these squared entries, ascending."""
+    many, size = main.shape
+    top = main.amax(1).sqrt()
+    if size > 1:
+        top = top + beside.amax(1).sqrt()
+    beside = torch.cat([beside, main.new_zeros(many, 1)], 1)
+    squares = torch.stack([main, beside], 2).flatten(1)[:, :-1]
+    # a zero pivot is followed by an infinite one; 0 / 0 must not occur
+    rows = squares.clamp(min=1e-290).T[..., None].contiguous().unbind()
+    at = torch.arange(size, device=main.device)
+    # so many parts of an interval at a time that a GPU has enough to do
+    parts = 8 if many * size <= 2**17 else 4
+    cuts = torch.arange(1, parts, device=main.device) / parts
+    cuts = cuts.double().view(-1, 1, 1)
+    low = main.new_zeros(many, size)
+    width = top[:, None].expand(many, size)
+    pivots = main.new_empty(64, parts - 1, many, size)
+    slots = pivots.unbind()
+    for _ in range(18 if parts == 8 else 27):
+        first = -(low + cuts * width)
+        below = torch.zeros_like(first, dtype=torch.long)
+        last = slots[0].copy_(first)
+        used = 1
+        for square in rows:
+            if used == len(slots):
+                below += (pivots < 0).sum(0)
+                used = 0
+            last = torch.addcdiv(
+                first, square, last, value=-1, out=slots[used]
+            )
+            used += 1
+        below += (pivots[:used] < 0).sum(0)
+        width = width / parts
+        low = low + width * (below <= at + size).sum(0)
+    return low + width / 2
+
+
+def bidiagonal_spectrum(main: Tensor, beside: Tensor) -> Tensor:
+    """Squared singular values of bidiagonal matrices.
+
+    Parameters
+    ----------
+    main, beside : Tensor [B, n], [B, n - 1]
+        Squares of their entries, in double precision.
+
+    Returns
+    -------
+    Tensor [B, n]
+        Ascending. On the CPU by LAPACK, to the rounding of the largest.
+    """
+    if main.is_cuda:
+        rows = max(1, 2**18 // main.shape[-1])
+        parts = zip(main.split(rows), beside.split(rows), strict=True)
+        return torch.cat([_singular_values(*p) for p in parts]).square()
+    from scipy.linalg import eigvalsh_tridiagonal
+
+    d, e = main.numpy(), beside.numpy()
+    diagonal = d.copy()
+    diagonal[:, 1:] += e
+    off = np.sqrt(d[:, :-1]) * np.sqrt(e)
+    found = map(eigvalsh_tridiagonal, diagonal, off)
+    return torch.as_tensor(np.array(list(found))).clamp(min=0)
+
 # %% ../../nbs/measure/spectra.ipynb #7cf86b85
 # below this ratio of smallest to largest eigenvalue, decompose properly
 _TRUSTED = 1e-8
@@ -103,7 +202,15 @@ def spectrum(
         As `slices`.
     """
     w = slices(weight, batched=batched, conv_norm=conv_norm)
-    if exact:
+    many = w.shape[:-2].numel()
+    if w.is_cuda and many > 1 and w.shape[-1] > 32:
+        # libraries on a GPU take one matrix of this size after another
+        rows = max(1, 2**27 // w.shape[-2:].numel())
+        found = torch.cat([
+            _singular_values(*_bidiagonal(part)).square()
+            for part in w.flatten(0, -3).split(rows)
+        ]).view(*w.shape[:-2], -1)
+    elif exact:
         found = torch.linalg.svdvals(w).square()
     else:
         found = torch.linalg.eigvalsh(w.mT @ w)
@@ -533,7 +640,7 @@ def fit_bulk(evals: Any, aspect: float) -> BulkFit:
         If the spectrum is not one-dimensional or all zero, or `aspect` is
         not in (0, 1].
     """
-    from scipy.optimize import brute
+    from scipy.optimize import brute, fmin
 
     x = _checked(evals).cpu().numpy()
     if x.ndim != 1 or x[-1] == 0:
@@ -548,25 +655,41 @@ def fit_bulk(evals: Any, aspect: float) -> BulkFit:
     fitted = np.sqrt(x) if aspect == 1 else x
     root, h = math.sqrt(aspect), 0.1
     grid = np.linspace(0, fitted[-1] + 0.5, 1000)
-    near = np.maximum(0, 1 - np.abs(grid[:, None] - fitted) / h)
-    density = near.mean(-1) / h
+    density = np.empty_like(grid)
+    for rows in range(0, len(grid), 50):  # so few that they stay in cache
+        near = grid[rows : rows + 50, None] - fitted
+        np.abs(near, out=near)
+        near /= h
+        np.subtract(1, near, out=near)
+        np.maximum(0, near, out=near)
+        density[rows : rows + 50] = near.mean(-1) / h
     grid, density = grid[density > 0.01], density[density > 0.01]
     peak = grid[density.argmax()]
 
     def misfit(sigma):
         sigma = float(np.squeeze(sigma))
-        if aspect == 1:
-            y = np.sqrt(np.maximum(4 - grid**2, 0)) / (np.pi * sigma**2)
-        else:
-            lo, hi = (sigma * (1 - root)) ** 2, (sigma * (1 + root)) ** 2
-            if hi < peak or hi > grid[-1] or lo > peak:
-                return 1e6 * len(grid)
-            y = MarchenkoPastur(sigma**2, aspect).pdf(grid)
+        lo, hi = (sigma * (1 - root)) ** 2, (sigma * (1 + root)) ** 2
+        if hi < peak or hi > grid[-1] or lo > peak:
+            return 1e6 * len(grid)
+        y = MarchenkoPastur(sigma**2, aspect).pdf(grid)
         return ((y - density) ** 2).sum()
 
     guess = math.sqrt(x[-1]) / (1 + root)
     steps = slice(0.05 * guess, 2 * guess, 0.01 * guess)
-    sigma = abs(float(brute(misfit, (steps,), disp=False)[0]))
+    if aspect == 1:
+        # the law is y / sigma^2, and its misfit a parabola in 1 / sigma^2
+        y = np.sqrt(np.maximum(4 - grid**2, 0)) / np.pi
+        a, b, c = y @ y, 2 * (y @ density), density @ density
+
+        def square(sigma):
+            z = sigma**-2.0
+            return (a * z - b) * z + c
+
+        tried = np.mgrid[steps]
+        best = tried[square(tried).argmin()]
+        sigma = abs(float(fmin(square, best, disp=False)[0]))
+    else:
+        sigma = abs(float(brute(misfit, (steps,), disp=False)[0]))
     lo, hi = (sigma * (1 - root)) ** 2, (sigma * (1 + root)) ** 2
     m = len(x)
     margin = math.sqrt(root * hi ** (2 / 3) * m ** (-2 / 3))
@@ -720,7 +843,7 @@ def _bulks(evals: Tensor, aspect: float) -> dict[str, Tensor]:
         list(vars(fit_bulk(x, aspect)).values())
         if x[-1] > 0
         else [math.nan] * 5
-        for x in evals.reshape(-1, evals.shape[-1])
+        for x in evals.cpu().reshape(-1, evals.shape[-1])
     ]
     columns = torch.tensor(rows, dtype=torch.float64, device=evals.device)
     return {
@@ -872,7 +995,7 @@ def analyse_weights(
             raise ValueError(
                 f"layers: no layer {name!r}; {', '.join(weights)} are there"
             )
-    found = {}
+    found, groups = {}, {}
     for name, w in weights.items():
         out, into, *kernel = w.shape[many:]
         count = min(out, into) * math.prod(kernel)
@@ -880,10 +1003,25 @@ def analyse_weights(
             continue
         if not min_evals <= count <= max_evals:
             continue
-        try:
-            found[name] = layer_metrics(w, batched=many, **options)
-        except ValueError as error:
-            raise ValueError(f"model: layer {name!r}: {error}") from None
+        if not torch.isfinite(w).all():
+            bad = int((~torch.isfinite(w)).sum())
+            raise ValueError(
+                f"model: layer {name!r}: weight: {bad} of {w.numel()} "
+                "entries are not finite"
+            )
+        found[name] = None
+        groups.setdefault(w.shape if many else name, []).append(name)
+    for names in groups.values():
+        # layers of one shape are taken for members
+        w = [weights[k].detach() for k in names]
+        w = torch.cat(w) if many else w[0]
+        metrics = layer_metrics(w, batched=many, **options)
+        size = len(w) // len(names) if many else 1
+        for i, name in enumerate(names):
+            part = slice(i * size, (i + 1) * size)
+            found[name] = {
+                k: v[part] if many else v for k, v in metrics.items()
+            }
     if not found:
         raise ValueError(
             f"model: no layer has between {min_evals} and {max_evals} "

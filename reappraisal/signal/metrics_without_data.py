@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +16,17 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from ..intervene.reset import criticality, rerandomise
+from reappraisal.intervene.reset import (
+    criticality,
+    reinitialise,
+    rerandomise,
+)
 from ..intervene.symmetry import rescale_neurons, same_function
 from ..lab.ensemble import Ensemble
 from ..lab.models import initialise
 from reappraisal.measure.spectra import (
     analyse_weights,
+    bidiagonal_spectrum,
     fit_powerlaw,
     spectrum,
 )
@@ -29,9 +35,9 @@ from ..protocol.statistics import correlation, mcnemar, tost
 # %% auto #0
 __all__ = ['EIGHT', 'NINE', 'TARGETS', 'grades', 'Branch', 'residual', 'kaiming', 'cooled', 'weight_layers', 'double', 'swap',
            'Resets', 'resets', 'contributions', 'taus', 'pooled', 'rho_table', 'evidence_blind', 'fresh_spectra',
-           'passes', 'evidence_untrained', 'Laundry', 'laundry', 'evidence_function', 'rebuilt', 'evidence_vectors',
-           'held_out', 'within_net', 'evidence_ranking', 'first_members', 'Pairs', 'verdicts_on_resets', 'find_pairs',
-           'evidence_pairs', 'evidence_population']
+           'passes', 'evidence_untrained', 'Laundry', 'laundry', 'evidence_function', 'factors', 'rebuilt',
+           'evidence_vectors', 'held_out', 'within_net', 'evidence_ranking', 'first_members', 'Pairs',
+           'verdicts_on_resets', 'find_pairs', 'evidence_pairs', 'regraded', 'evidence_population']
 
 # %% ../../nbs/signal/metrics_without_data.ipynb #0fa51148
 #: The paper's scores: name in `measure.spectra` to name in words.
@@ -218,9 +224,13 @@ class Resets:
     displacement: dict[str, Tensor]
     distance: dict[str, Tensor]
 
+    def __post_init__(self):
+        shares = {k: v.double().mean(-1) for k, v in self.correct.items()}
+        object.__setattr__(self, "_accuracy", shares)
+
     def accuracy(self, kind: str) -> Tensor:
         """With a layer reset, [S, L, D]."""
-        return self.correct[kind].double().mean(-1)
+        return self._accuracy[kind]
 
     def drop(self, kind: str) -> Tensor:
         """Accuracy lost, [S, L, D]."""
@@ -265,14 +275,19 @@ def resets(
     found: dict[str, dict[str, Tensor]] = {
         k: {} for k in ("after", "correct", "displacement", "distance")
     }
-    hows = {"reinit": ("reinitialise", 1), "rerand": ("rerandomise", draws)}
+    drawn: dict[int, Ensemble] = {}
+
+    def redraw(model, layer, s):
+        if s not in drawn:
+            drawn[s] = rerandomise(model, list(layers), s, law)
+        return reinitialise(model, drawn[s], layer)
+
+    hows = {"reinit": ("reinitialise", 1), "rerand": (redraw, draws)}
     for kind, (how, d) in hows.items():
-        options = dict(layers=list(layers), draws=d, seed=seed, init=law)
+        options = dict(layers=list(layers), draws=d, seed=seed)
         seen = criticality(model, start, test, how, **options)
         moved = criticality(model, start, unlabelled, how, **options)
-        fresh = start
-        if kind == "rerand":
-            fresh = rerandomise(model, list(layers), seen.seeds[0], law)
+        fresh = start if kind == "reinit" else drawn[seen.seeds[0]]
         found["after"][kind] = grades(fresh, layers, names)
         found["correct"][kind] = seen.correct
         found["displacement"][kind] = moved.displacement
@@ -413,10 +428,11 @@ def fresh_spectra(
         independent chi variables (Dumitriu and Edelman 2002,
         arXiv:math-ph/0206043).
     seed : int
+    device : str
 
     Returns
     -------
-    Tensor [n, width], ascending, float64
+    Tensor [n, width], ascending, float64, there
     """
     if law not in ("uniform", "gaussian"):
         raise ValueError(
@@ -425,26 +441,20 @@ def fresh_spectra(
     rng = np.random.default_rng(seed)
     if law == "uniform":
         bound = width**-0.5
+        many = 100 if device == "cpu" else 500
         parts = []
-        for size in [100] * (n // 100) + [n % 100] * (n % 100 > 0):
-            W = rng.uniform(-bound, bound, (size, width, width))
-            parts.append(spectrum(torch.as_tensor(W).to(device), batched=True))
-        return torch.cat(parts).cpu()
-    found = []
+        for at in range(0, n, many):
+            shape = (min(many, n - at), width, width)
+            W = torch.as_tensor(rng.uniform(-bound, bound, shape))
+            parts.append(spectrum(W.to(device), batched=True))
+        return torch.cat(parts)
     k = np.arange(width, 0, -1)
-    for _ in range(n):
-        d = np.sqrt(rng.chisquare(k))
-        e = np.sqrt(rng.chisquare(k[1:]))
-        # B B^T of the lower bidiagonal matrix B
-        main = d**2 + np.concatenate([[0.0], e**2])
-        found.append(_tridiagonal(main, d[:-1] * e))
-    return torch.as_tensor(np.array(found)).clamp(min=0) / (3 * width)
-
-
-def _tridiagonal(main, off):
-    from scipy.linalg import eigvalsh_tridiagonal
-
-    return eigvalsh_tridiagonal(main, off)
+    draws = [(rng.chisquare(k), rng.chisquare(k[1:])) for _ in range(n)]
+    main, beside = (
+        torch.as_tensor(np.array(d)).to(device)
+        for d in zip(*draws, strict=True)
+    )
+    return bidiagonal_spectrum(main, beside) / (3 * width)
 
 
 def passes(alpha: Any) -> np.ndarray:
@@ -469,10 +479,13 @@ def evidence_untrained(
     dict
         For `Claim.judge`.
     """
-    ok = {k: passes(fit_powerlaw(v).alpha) for k, v in spectra.items()}
-    cut = passes(fit_powerlaw(spectra["uniform"], truncated=True).alpha)
+    def passed(evals, **options):
+        return passes(fit_powerlaw(evals, **options).alpha.cpu())
+
+    ok = {k: passed(v) for k, v in spectra.items()}
+    cut = passed(spectra["uniform"], truncated=True)
     wrong = [
-        float((passes(fit_powerlaw(v).alpha) != (2 <= k <= 6)).mean())
+        float((passed(v) != (2 <= k <= 6)).mean())
         for k, v in pareto.items()
     ]
     share = ok["uniform"].astype(float)
@@ -538,18 +551,26 @@ def laundry(
     -------
     Laundry
     """
-    before = grades(model, layers, ["alpha"])[0].mean(-1).cpu().numpy()
+    before = grades(model, layers, ["alpha"])[0].mean(-1).numpy()
     after, harmless, logits = [], [], 0.0
-    for d, sigma in enumerate(sigmas):
-        twin = rescale_neurons(model, x, sigma, seed + d)
-        alpha = grades(twin, layers, ["alpha"])[0].mean(-1)
-        after.append(alpha.cpu().numpy())
-        far = same_function(model, twin, x)
-        ok = (far.max_abs < 1e-9) & (far.label_flips == 0)
-        harmless.append(ok.cpu().numpy())
-        logits = max(logits, float(far.max_abs.max()))
+    few = 5  # graded together
+    for at in range(0, len(sigmas), few):
+        twins = []
+        for d, sigma in enumerate(sigmas[at : at + few], at):
+            twin = rescale_neurons(model, x, sigma, seed + d)
+            far = same_function(model, twin, x)
+            ok = (far.max_abs < 1e-9) & (far.label_flips == 0)
+            harmless.append(ok.cpu().numpy())
+            logits = max(logits, float(far.max_abs.max()))
+            twins.append(twin)
+        names = [f"{k}.weight" for k in layers]
+        weights = {k: torch.cat([t.params[k] for t in twins]) for k in names}
+        alpha = grades(replace(model, params=weights), layers, ["alpha"])
+        after.append(alpha[0].mean(-1).view(len(twins), -1).numpy())
     sd = float(before.std(ddof=1))
-    return Laundry(before, np.array(after), np.array(harmless), sd, logits)
+    return Laundry(
+        before, np.concatenate(after), np.array(harmless), sd, logits
+    )
 
 
 def evidence_function(
@@ -576,18 +597,62 @@ def evidence_function(
     }
 
 # %% ../../nbs/signal/metrics_without_data.ipynb #9c05b68a
-def rebuilt(model: Any, layer: str, seed: int = 0) -> Any:
-    """The same weights out of their own singular vectors."""
+def factors(
+    model: Ensemble, layers: Sequence[str]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Singular value decompositions of some layers' weights, by name.
+
+    Parameters
+    ----------
+    model : Ensemble
+    layers : sequence of str
+
+    Returns
+    -------
+    dict to U [S, out, r], s [S, r], Vh [S, r, in], float64
+        Taken on the CPU, which is quicker than a GPU at matrices of some
+        hundred rows.
+    """
+    names = [f"{k}.weight" for k in layers]
+    weights = [w.double().cpu() for k in names for w in model.params[k]]
+
+    def decompose(w):
+        return torch.linalg.svd(w, full_matrices=False)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        found = list(pool.map(decompose, weights))
+    size = len(model)
+    return {
+        k: tuple(
+            torch.stack(part).to(model.params[k].device)
+            for part in zip(*found[i * size : (i + 1) * size], strict=True)
+        )
+        for i, k in enumerate(names)
+    }
+
+
+def rebuilt(
+    model: Ensemble,
+    layer: str,
+    known: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+) -> Ensemble:
+    """The same weights out of their own singular vectors.
+
+    Parameters
+    ----------
+    model : Ensemble
+    layer : str
+    known : mapping
+        Its `factors`.
+
+    Returns
+    -------
+    Ensemble
+    """
     name = f"{layer}.weight"
-    many = isinstance(model, Ensemble)
-    weight = model.params[name] if many else model.get_parameter(name)
-    U, s, Vh = torch.linalg.svd(weight.detach(), full_matrices=False)
-    new = (U * s[..., None, :]) @ Vh
-    if many:
-        return replace(model, params={**model.params, name: new})
-    twin = copy.deepcopy(model)
-    twin.get_parameter(name).data = new
-    return twin
+    U, s, Vh = known[name]
+    new = ((U * s[..., None, :]) @ Vh).to(model.params[name])
+    return replace(model, params={**model.params, name: new})
 
 
 def evidence_vectors(
@@ -865,6 +930,42 @@ def evidence_pairs(
     }
 
 # %% ../../nbs/signal/metrics_without_data.ipynb #e3375f52
+def regraded(
+    scores: Tensor,
+    source: Ensemble,
+    layers: Sequence[str],
+    which: Sequence[int],
+    names: Sequence[str] = tuple(NINE),
+) -> Tensor:
+    """Scores after `swap`, of which one layer a member is looked at again.
+
+    Parameters
+    ----------
+    scores : Tensor [M, S, L]
+        As `grades` gives them before.
+    source, layers, which
+        As for `swap`.
+    names : sequence of str
+        M scores.
+
+    Returns
+    -------
+    Tensor [M, S, L]
+    """
+    scores, groups = scores.clone(), {}
+    for s, i in enumerate(which):
+        weight = source.params[f"{layers[i]}.weight"][s]
+        groups.setdefault(weight.shape, []).append((s, int(i), weight))
+    for group in groups.values():
+        members, at, weights = zip(*group, strict=True)
+        stack = replace(
+            source, params={"it.weight": torch.stack(weights)}, checkpoints={}
+        )
+        found = grades(stack, ["it"], names)[..., 0]
+        scores[:, list(members), list(at)] = found
+    return scores
+
+
 def evidence_population(
     scores: np.ndarray,
     accuracy: np.ndarray,

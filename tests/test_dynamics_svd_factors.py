@@ -12,12 +12,15 @@ from reappraisal.dynamics.svd_factors_and_grokking import (
     LADDER,
     RANKS,
     Arm,
+    Cell,
     Finished,
-    Minibatches,
+    Lockstep,
+    Progress,
     Run,
     Setting,
     best_cell,
     choose_cell,
+    epoch_orders,
     evidence_best,
     evidence_budget,
     evidence_delay,
@@ -27,7 +30,8 @@ from reappraisal.dynamics.svd_factors_and_grokking import (
     evidence_tuned,
     pairs,
     run_arm,
-    run_published,
+    run_table,
+    supposed,
 )
 from reappraisal.lab.ensemble import FirstStep
 from reappraisal.protocol.claims import Claim
@@ -247,21 +251,73 @@ def test_the_cell_is_chosen_by_the_ordinary_net():
     assert best_cell(rows, "standard", range(4), "rate", "decay") == (0.003, 3.0)
 
 
-def test_minibatches_and_published_run_are_deterministic():
-    train = pairs(7, 0.7, [5, 6])["train"]
-    one, two = (Minibatches(train, [5, 6], 8) for _ in range(2))
-    for t in range(9):
-        a, b = (m(t, torch.arange(2)).rows for m in (one, two))
-        assert torch.equal(a, b)
-    arm = LADDER["full"]
+PAPER = replace(TINY, hold=1)
+
+
+def test_orders_depend_on_seed_and_epoch_alone():
+    many = epoch_orders(torch.tensor([5, 6, 7]), torch.arange(4), 30)
+    one = epoch_orders(torch.tensor([6]), torch.tensor([2]), 30)
+    assert torch.equal(many[2, 1], one[0, 0])
+    assert torch.equal(many.sort(2).values, torch.arange(30).expand(4, 3, 30))
+    assert len(many.view(12, 30).unique(dim=0)) == 12
+
+
+def test_a_published_run_is_deterministic():
+    cells = {"a": Cell(LADDER["full"], 0.7, 2)}
     first, second = (
-        run_published(arm, [5, 6], 0.7, 2, setting=TINY, size=8)
-        for _ in range(2)
+        run_table(cells, [5, 6], setting=PAPER, size=8)["a"] for _ in range(2)
     )
-    assert torch.equal(
-        first.history["test"].values, second.history["test"].values
-    )
-    assert first.history["test"].steps.tolist() == [0, 1, 2]
+    a, b = (r.history["test"] for r in (first, second))
+    assert torch.equal(a.values, b.values) and a.steps.tolist() == [0, 1, 2]
+
+
+def test_zeros_beside_a_smaller_network_stay_zero():
+    cells = [Cell(LADDER["full"], 0.7, 3), Cell(RANKS["rank2"], 0.7, 3)]
+    stack = Lockstep(cells, [1, 2], PAPER, 8, "cpu")
+    stack.advance(3)
+    for name, value in stack.params.items():
+        if "original" in name:
+            rank = value.movedim(-2 if name.endswith("2") else -1, 1)
+            assert not rank[2:, 2:].any() and rank[2:, :2].all(), name
+
+
+def test_progress_ends_members_where_finished_does():
+    rng = np.random.default_rng(0)
+    train = torch.tensor(rng.choice([0.98, 1.0], (4, 40), p=[0.2, 0.8]))
+    test = torch.tensor(rng.choice([0.9, 0.97, 1.0], (4, 40), p=[0.3, 0.6, 0.1]))
+    cell = Cell(LADDER["full"], 0.5, 39)
+    mine = Progress(cell, [1, 2, 3, 4], hold=3)
+    for part in torch.stack([train, test, test]).split([1, 7, 20, 12], 2):
+        mine.add(torch.arange(4), part)
+    watch, ended = Finished(4, hold=3), [40] * 4
+
+    class Fake:
+        members = torch.arange(4)
+
+        def record(self, *_):
+            pass
+
+        def stop(self, which):
+            self.which = which
+
+    for t in range(40):
+        state = Fake()
+        state.aux = {"train": train[:, t].float(), "test": test[:, t].float()}
+        watch(state)
+        for m in torch.arange(4)[getattr(state, "which", torch.zeros(4)) > 0]:
+            ended[m] = min(ended[m], t + 1)
+    assert (~mine.values[0].isnan()).sum(1).tolist() == ended
+    assert min(ended) < 40
+
+
+def test_a_cell_cut_short_is_never_called_never():
+    cells = {k: Cell(LADDER[k], 0.7, 50) for k in ("full", "standard")}
+    runs = run_table(cells, [5, 6], setting=PAPER, size=8, limit_s=0.0)
+    early, late = (supposed(cells, runs, x) for x in (True, False))
+    for k in cells:
+        assert runs[k].budget < 50 and not runs[k].best.event.any()
+        assert early[k].best.event.all() and (early[k].best.time < 50).all()
+        assert not late[k].best.event.any() and (late[k].best.time == 50).all()
 
 
 def test_unknown_task_is_named():

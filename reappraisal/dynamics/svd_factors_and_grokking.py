@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 import math
+import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from reappraisal.intervene.factorise import (
+    parameters,
     product_weight,
     schatten_shrinkage,
     shrink,
@@ -25,9 +32,7 @@ from reappraisal.intervene.factorise import (
 )
 from reappraisal.lab.ensemble import (
     AdamW,
-    Batch,
     FirstStep,
-    Fit,
     State,
     Trace,
     fit,
@@ -41,14 +46,15 @@ from reappraisal.protocol.statistics import (
 )
 
 # %% auto #0
-__all__ = ['MATRICES', 'TASKS', 'LADDER', 'FRACTIONS', 'RANKS', 'RATES', 'DECAYS', 'STRENGTHS', 'TUNING', 'Runs', 'WHERE',
-           'PUBLISHED', 'EPOCHS', 'TokenMLP', 'OneHotMLP', 'tables', 'PairLoss', 'pairs', 'PathLength', 'Concentration',
-           'fourier_concentration', 'effective_rank', 'Arm', 'Setting', 'build', 'matched', 'Finished', 'Anatomy',
-           'SchattenDecay', 'Run', 'reached', 'summarise', 'stacked', 'run_arm', 'run_all', 'tuning_jobs',
-           'tuning_rows', 'choose_cell', 'best_cell', 'read_rows', 'write_rows', 'Minibatches', 'MinibatchLoss',
-           'AllPairs', 'run_published', 'product_distance', 'versus', 'beyond_one', 'evidence_best', 'evidence_ranks',
-           'evidence_delay', 'evidence_sooner', 'evidence_tuned', 'evidence_mechanism', 'evidence_budget',
-           'published_ratio']
+__all__ = ['MATRICES', 'TASKS', 'LADDER', 'FRACTIONS', 'RANKS', 'RATES', 'DECAYS', 'STRENGTHS', 'TUNING', 'GOLDEN', 'ROUNDS',
+           'PAPER', 'Runs', 'WHERE', 'PUBLISHED', 'EPOCHS', 'SHARES', 'TokenMLP', 'OneHotMLP', 'tables', 'accuracies',
+           'PairLoss', 'pairs', 'PathLength', 'Concentration', 'fourier_concentration', 'effective_rank', 'Arm',
+           'Setting', 'build', 'matched', 'Finished', 'Anatomy', 'SchattenDecay', 'Run', 'reached', 'summarise',
+           'stacked', 'run_arm', 'run_all', 'tuning_jobs', 'tuning_rows', 'choose_cell', 'best_cell', 'read_rows',
+           'write_rows', 'scrambled', 'epoch_orders', 'Cell', 'Progress', 'joined', 'Lockstep', 'Lane', 'run_table',
+           'product_distance', 'versus', 'beyond_one', 'evidence_best', 'evidence_ranks', 'evidence_delay',
+           'evidence_sooner', 'evidence_tuned', 'evidence_mechanism', 'evidence_budget', 'published_ratio',
+           'published_cells', 'published_rows', 'supposed']
 
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #20f41999
 MATRICES = ("embedding", "hidden", "readout")
@@ -157,6 +163,29 @@ def tables(
     return A, B, products["readout"], params["readout.bias"], products
 
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #8ec394cc
+def accuracies(
+    scores: Tensor, y: Tensor, train: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Training and test accuracy, scores of the labels, highest scores.
+
+    Parameters
+    ----------
+    scores
+        `[S, v, N]`.
+    y, train
+        Labels and mask of the training pairs, `[S, N]`.
+    """
+    top = scores.amax(1)
+    own = scores.gather(1, y[:, None])[:, 0]
+    right = own >= top
+    n, count = right.shape[1], train.sum(1)
+    found = {
+        "train": (right & train).sum(1) / count,
+        "test": (right & ~train).sum(1) / (n - count).clamp_min(1),
+    }
+    return found, own, top
+
+
 class PairLoss:
     """Cross entropy on the training pairs, for `lab.ensemble.fit`.
 
@@ -195,15 +224,8 @@ class PairLoss:
         grid = H.view(S, p, p, h)
         torch.add(A[:, :, None], B[:, None], out=grid).relu_()
         torch.bmm(W, H.mT, out=scores).add_(c[:, :, None])
-        y, w, train = batch["y"], batch["w"], batch["train"]
-        top = scores.amax(1)
-        own = scores.gather(1, y[:, None])[:, 0]
-        right = own >= top
-        count = train.sum(1)
-        aux = {
-            "train": (right & train).sum(1) / count,
-            "test": (right & ~train).sum(1) / (p * p - count).clamp_min(1),
-        }
+        y, w = batch["y"], batch["w"]
+        aux, own, top = accuracies(scores, y, batch["train"])
         Z.copy_(scores).sub_(top[:, None]).exp_()
         total = Z.sum(1)
         loss = ((total.log() - (own - top)) * w).sum(1)
@@ -604,6 +626,8 @@ class Run:
         Count.
     seconds
         Wall time.
+    budget
+        For how long it was watched.
     """
 
     arm: Arm
@@ -618,6 +642,7 @@ class Run:
     history: Mapping[str, Trace] = field(repr=False)
     parameters: int = 0
     seconds: float = 0.0
+    budget: int = 0
 
     def survival(self, what: str = "test") -> Survival:
         """Times to `what`, censored at the budget."""
@@ -642,10 +667,15 @@ def reached(trace: Trace, level: float, hold: int, budget: int) -> FirstStep:
 
 
 def summarise(
-    arm: Arm, seeds: Sequence[int], done: Fit, budget: int, hold: int
+    arm: Arm,
+    seeds: Sequence[int],
+    history: Mapping[str, Trace],
+    budget: int,
+    hold: int,
+    **more: Any,
 ) -> Run:
     """Read the times of a run off its history."""
-    train, test = done.history["train"], done.history["test"]
+    train, test = history["train"], history["test"]
     times = {
         "train": reached(train, 0.99, hold, budget),
         "test": reached(test, 0.95, hold, budget),
@@ -655,8 +685,8 @@ def summarise(
     last = (~np.isnan(values)).sum(1) - 1
     rows = np.arange(len(values))
     paths = {}
-    if "path" in done.history:
-        path = done.history["path"]
+    if "path" in history:
+        path = history["path"]
         where = path.steps.numpy()
         for name, t in times.items():
             column = np.minimum(np.searchsorted(where, t.time), last)
@@ -664,9 +694,8 @@ def summarise(
     return Run(
         arm, tuple(seeds), **times,
         accuracy=np.nanmax(values, 1), final=values[rows, last],
-        mean=np.nanmean(values, 1), paths=paths, history=done.history,
-        parameters=sum(v[0].numel() for v in done.params.values()),
-        seconds=done.seconds,
+        mean=np.nanmean(values, 1), paths=paths, history=history,
+        budget=budget, **more,
     )
 
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #df71c3a5
@@ -752,7 +781,11 @@ def run_arm(
         trainable=s_and_bias if arm.train == "s" else None,
         callbacks=callbacks,
     )
-    return summarise(arm, seeds, done, setting.steps, setting.hold)
+    return summarise(
+        arm, seeds, done.history, setting.steps, setting.hold,
+        parameters=sum(v[0].numel() for v in done.params.values()),
+        seconds=done.seconds,
+    )
 
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #6641c635
 def run_all(
@@ -925,129 +958,539 @@ def write_rows(rows: Sequence[Mapping], path: str | Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
 
-# %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #30aef2fb
-class Minibatches:
-    """Batches of training pairs, in an order of each member's own.
+# %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #0ad0c4bf
+GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as int64
+ROUNDS = ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))
+
+
+def scrambled(x: Tensor) -> Tensor:
+    """A fixed pseudorandom permutation of int64 (the mixer of splitmix64)."""
+    for shift, factor in ROUNDS:
+        high = (x >> shift) & ((1 << (64 - shift)) - 1)
+        x = (x ^ high) * factor
+    return x
+
+
+def epoch_orders(seeds: Tensor, epochs: Tensor, n: int) -> Tensor:
+    """Orders of n pairs that depend on seed and epoch alone.
 
     Parameters
     ----------
-    train
-        Mask [S, N]; all members have as many pairs.
-    seeds
-        One per member; each epoch is a stream of its seed.
-    size
-        Pairs a batch; the last of an epoch has what is left.
+    seeds, epochs
+        int64 `[S]` and `[E]`, on one device.
+    n
+        Number of pairs.
+
+    Returns
+    -------
+    Tensor [E, S, n]
+        Permutations of 0..n-1, the same on a CPU and on a GPU.
+    """
+    streams = scrambled(scrambled(seeds * GOLDEN) + epochs[:, None])
+    at = torch.arange(n, device=seeds.device) * GOLDEN
+    keys = scrambled(streams[..., None] + at).view(-1, n) & ((1 << 42) - 1)
+    owner = torch.arange(len(keys), device=seeds.device)[:, None] << 42
+    order = (owner + keys).flatten().argsort(stable=True) % n
+    return order.view(*streams.shape, n)
+
+# %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #6976ff72
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the published table.
+
+    Attributes
+    ----------
+    arm, frac, epochs
+        What, on which share of the pairs, for how long at most.
+    task
+        As in `pairs`.
+    goal
+        Best test accuracy at which a member may end; None for never.
     """
 
-    def __init__(self, train: Tensor, seeds: Sequence[int], size: int = 512):
-        self.rows = train.nonzero()[:, 1].view(len(train), -1).cpu()
-        self.seeds, self.size, self.epoch = list(seeds), size, -1
-        self.per_epoch = math.ceil(self.rows.shape[1] / size)
-        self.device = train.device
-
-    def __call__(self, step: int, members: Tensor) -> Batch:
-        epoch, i = divmod(step, self.per_epoch)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = torch.stack([
-                rows[torch.randperm(
-                    len(rows), generator=generator(seed, f"epoch {epoch}")
-                )]
-                for rows, seed in zip(self.rows, self.seeds, strict=True)
-            ]).to(self.device)
-        rows = self.order[members, i * self.size : (i + 1) * self.size]
-        return Batch(step, members, rows=rows)
+    arm: Arm
+    frac: float
+    epochs: int
+    task: str = "add"
+    goal: float | None = 1.0
 
 
-class MinibatchLoss:
-    """Mean cross entropy on `batch.rows [A, m]`, logits in float64."""
-
-    def __init__(self, p: int):
-        self.p = p
-
-    def __call__(self, params, batch):
-        A, B, W, c, _ = tables(params, self.p)
-        first, second = batch.rows // self.p, batch.rows % self.p
-        members = torch.arange(len(A), device=A.device)[:, None]
-        hidden = (A[members, first] + B[members, second]).relu()
-        scores = torch.baddbmm(c[:, None], hidden, W.mT).double()
-        y = batch["y"].gather(1, batch.rows)
-        return F.cross_entropy(scores.mT, y, reduction="none").mean(1)
-
-
-class AllPairs:
-    """Callback: what `PairLoss` says of all pairs, into `state.aux`."""
-
-    def __init__(self, p: int):
-        self.loss = PairLoss(p)
-
-    def __call__(self, state: State) -> None:
-        with torch.no_grad():
-            state.aux.update(self.loss(state.params, state.batch)[1])
-
-
-def run_published(
-    arm: Arm,
-    seeds: Sequence[int],
-    frac: float,
-    epochs: int,
-    task: str = "add",
-    *,
-    setting: Setting = Setting(97, 128, 128, 1e-3, 0.01, hold=1),
-    size: int = 512,
-    goal: float | None = 1.0,
-    device: str = "cpu",
-) -> Run:
-    """Train one arm as published; all times are in epochs.
+class Progress:
+    """What the members of a cell have done so far, an epoch a column.
 
     Parameters
     ----------
-    arm, seeds, frac, task
-        As in `run_arm`.
-    epochs
-        Budget.
+    cell, seeds
+        The cell, and one seed per member.
+    hold
+        Epochs for which 99 % training and 95 % test accuracy must last.
+    """
+
+    def __init__(self, cell: Cell, seeds: Sequence[int], hold: int):
+        self.cell, self.seeds, self.hold = cell, list(seeds), hold
+        shape = (3, len(self.seeds), cell.epochs + 1)
+        self.values = torch.full(shape, math.nan, dtype=torch.float64)
+        self.epoch = -1
+        self.best = torch.zeros(len(self.seeds), dtype=torch.float64)
+        self.active = torch.ones(len(self.seeds), dtype=torch.bool)
+
+    def add(self, members: Tensor, seen: Tensor) -> None:
+        """Add accuracies and path lengths `[3, M, E]` of the next epochs."""
+        start = self.epoch + 1
+        seen = seen[:, :, : self.cell.epochs + 1 - start]
+        self.epoch += seen.shape[2]
+        live = self.active[members]
+        members, seen = members[live], seen[:, live]
+        self.values[:, members, start : self.epoch + 1] = seen.double()
+        if self.cell.goal is not None and seen.numel():
+            best = torch.maximum(self.best[members], seen[1].double().amax(1))
+            self.best[members] = best
+            for m in members[best >= self.cell.goal].tolist():
+                self.finish(m, start)
+        if self.epoch >= self.cell.epochs:
+            self.active[:] = False
+
+    def finish(self, m: int, start: int) -> None:
+        """Let a member end where `Finished` would end it."""
+        first = max(0, start - self.hold + 1)
+        train, test = self.values[:2, m, first : self.epoch + 1].float()
+        good = F.pad((train >= 0.99) & (test >= 0.95), (1, 0))
+        total = good.long().cumsum(0)
+        lasts = total[self.hold :] - total[: -self.hold] == self.hold
+        best = self.values[1, m, : self.epoch + 1].cummax(0).values
+        at = torch.arange(len(lasts)) + first + self.hold - 1
+        done = at[lasts & (best[at] >= self.cell.goal) & (at >= start)]
+        if len(done):
+            self.active[m] = False
+            self.values[:, m, done[0] + 1 :] = math.nan
+
+    def run(self, **more: Any) -> Run:
+        """The `Run`, in epochs, as far as anybody was watched."""
+        seen = int((~self.values[0].isnan()).sum(1).max())
+        train, test, path = self.values[:, :, :seen]
+        steps = torch.arange(seen)
+        history = {
+            "train": Trace(steps, train.float()),
+            "test": Trace(steps, test.float()),
+            "path": Trace(steps, path),
+        }
+        return summarise(
+            self.cell.arm, self.seeds, history, seen - 1, self.hold, **more
+        )
+
+# %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #79a764f9
+def joined(stacks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One stack of several, smaller tensors filled up with zeros.
+
+    Parameters
+    ----------
+    stacks
+        Name to tensor `[S, ...]` each; parameters of `TokenMLP`.
+    """
+    out = {}
+    for name in stacks[0]:
+        parts = [s[name] for s in stacks]
+        blocks = name == "hidden.weight"
+        if len({x.shape[1:] for x in parts}) > 1:
+            if blocks:  # of the four tokens
+                parts = [x.unflatten(2, (4, -1)) for x in parts]
+            shape = np.max([x.shape[1:] for x in parts], axis=0)
+            gaps = [(shape - x.shape[1:])[::-1].tolist() for x in parts]
+            parts = [
+                F.pad(x, [n for gap in missing for n in (0, gap)])
+                for x, missing in zip(parts, gaps, strict=True)
+            ]
+            if blocks:
+                parts = [x.flatten(2) for x in parts]
+        out[name] = torch.cat(parts)
+    return out
+
+
+class Lockstep:
+    """Cells of one kind and one fraction, trained side by side in minibatches.
+
+    Everything a step touches stays where it is from epoch to epoch, so that
+    `cycle` can be recorded as a CUDA graph.
+
+    Parameters
+    ----------
+    cells
+        With arms that have the same kind of weights and one decay.
+    seeds
+        One per member of each cell.
+    setting
+        Shared; its `steps` are not used.
+    size
+        Pairs a minibatch; the last of an epoch has what is left.
+    device
+        Where to compute.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        seeds: Sequence[int],
+        setting: Setting,
+        size: int,
+        device: str,
+    ):
+        self.setting, self.size, self.device = setting, size, device
+        self.progress = [Progress(c, seeds, setting.hold) for c in cells]
+        self.cell = torch.arange(len(cells)).repeat_interleave(len(seeds))
+        self.member = torch.arange(len(seeds)).repeat(len(cells))
+        own = [pairs(setting.p, c.frac, seeds, c.task) for c in cells]
+        y, train = (torch.cat([o[k] for o in own]) for k in ("y", "train"))
+        rows = train.nonzero()[:, 1].view(len(train), -1)
+        self.data = {
+            "y": y, "train": train, "rows": rows,
+            "seed": torch.tensor(list(seeds)).repeat(len(cells)),
+            "path": torch.zeros(len(train), dtype=torch.float64),
+        }
+        self.data = {k: v.to(device) for k, v in self.data.items()}
+        self.n = rows.shape[1]
+        self.per_epoch = math.ceil(self.n / size)
+        weight = (torch.arange(self.per_epoch * size) < self.n).double()
+        weight = weight.view(-1, size).to(device)
+        self.weight = weight / weight.sum(1, keepdim=True)
+        made = [stacked(c.arm, setting, list(seeds)) for c in cells]
+        self.params = {k: v.to(device) for k, v in joined(made).items()}
+        self.moments = tuple(
+            {k: torch.zeros_like(v) for k, v in self.params.items()}
+            for _ in range(2)
+        )
+        some = cells[0].arm.decay == "product"
+        self.decayed = [
+            k for k in self.params
+            if not some or k.endswith(("original1", "bias"))
+        ]
+        with torch.no_grad():
+            *_, products = tables(self.params, setting.p)
+        self.last = {k: v.clone() for k, v in products.items()}
+        self.epoch = 0
+        self.bind()
+        self.look()
+        self.store(self.out[None].cpu())
+
+    def bind(self) -> None:
+        """Lay out the buffers of the members in the stack."""
+        S, like = len(self.cell), {"device": self.device}
+        self.graph, self.fresh = None, True
+        self.batch = torch.zeros(
+            self.per_epoch, S, self.size, dtype=torch.long, **like
+        )
+        self.out = torch.empty(S, 3, dtype=torch.float64, **like)
+        self.base = torch.arange(S, **like)[:, None] * self.setting.p
+        self.minus = torch.full(
+            (S, self.size, 1), -1.0, dtype=torch.float64, **like
+        )
+        self.leaves = {
+            k: v.detach().requires_grad_() for k, v in self.params.items()
+        }
+        # the fused optimiser gives a block of threads to each piece
+        total = sum(v.numel() for v in self.params.values())
+        piece = max(4096, total // 28)
+
+        def split(named, decays):
+            return [
+                part
+                for k, v in named.items() if (k in self.decayed) == decays
+                for part in v.view(-1).split(piece)
+            ]
+
+        self.groups = []
+        for decays in (True, False):
+            if moving := split(self.params, decays):
+                clock = [
+                    torch.full((), float(self.epoch * self.per_epoch), **like)
+                    for _ in moving
+                ]
+                means, squares = (split(m, decays) for m in self.moments)
+                self.groups.append((
+                    moving, means, squares, clock, partial(split, decays=decays),
+                    self.setting.decay if decays else 0.0,
+                ))
+
+    def wanted(self) -> Tensor:
+        """Which members in the stack still count."""
+        active = torch.stack([p.active for p in self.progress])
+        return active[self.cell, self.member]
+
+    def keep(self, which: Tensor) -> None:
+        """Drop the other members from the stack."""
+        self.cell, self.member = self.cell[which], self.member[which]
+        rows = which.nonzero()[:, 0].to(self.device)
+        self.data, self.params, self.last, *self.moments = (
+            {k: v[rows] for k, v in named.items()}
+            for named in (self.data, self.params, self.last, *self.moments)
+        )
+        self.bind()
+
+    def step(
+        self, first: Tensor, second: Tensor, label: Tensor, weight: Tensor
+    ) -> None:
+        """One update.
+
+        Parameters
+        ----------
+        first, second
+            Rows `[S, m]` of the stacked tables A and B.
+        label, weight
+            `[S, m]` and `[m]`.
+        """
+        with torch.enable_grad():
+            *tensors, _ = tables(self.leaves, self.setting.p)
+        A, B, W, c = (t.detach() for t in tensors)
+        first, second = first.reshape(-1), second.reshape(-1)
+        H = A.flatten(0, 1).index_select(0, first)
+        H.add_(B.flatten(0, 1).index_select(0, second)).relu_()
+        H = H.view(len(A), -1, A.shape[2])
+        Q = torch.baddbmm(c[:, None], H, W.mT).double().softmax(2)
+        Q.scatter_add_(2, label[..., None], self.minus)
+        G = torch.empty(Q.shape, dtype=A.dtype, device=A.device)
+        torch.mul(Q, weight[:, None], out=G)
+        D = torch.ops.aten.threshold_backward(torch.bmm(G, W), H, 0)
+        D = D.flatten(0, 1)
+        to_A, to_B = (
+            torch.zeros_like(t).flatten(0, 1).index_add_(0, at, D).view_as(t)
+            for t, at in ((A, first), (B, second))
+        )
+        found = torch.autograd.grad(
+            tensors, list(self.leaves.values()),
+            [to_A, to_B, torch.bmm(G.mT, H), G.sum(1)],
+        )
+        found = {
+            k: g.contiguous()
+            for k, g in zip(self.leaves, found, strict=True)
+        }
+        for moving, means, squares, clock, split, decay in self.groups:
+            adamw(
+                moving, split(found), means, squares, [], clock, fused=True,
+                amsgrad=False, beta1=0.9, beta2=0.98, lr=self.setting.rate,
+                weight_decay=decay, eps=1e-8, maximize=False,
+            )
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Put accuracies on all pairs and path lengths into `out`."""
+        A, B, W, c, products = tables(self.params, self.setting.p)
+        H = (A[:, :, None] + B[:, None]).relu_().flatten(1, 2)
+        scores = torch.baddbmm(c[:, :, None], W, H.mT)
+        found, *_ = accuracies(scores, self.data["y"], self.data["train"])
+        square = 0.0
+        for name, now in products.items():
+            move = (now - self.last[name]).flatten(1)
+            move = torch.linalg.vector_norm(move, dim=1).double()
+            square = square + move.square()
+            self.last[name].copy_(now)
+        self.data["path"].add_(square.sqrt())
+        what = (found["train"], found["test"], self.data["path"])
+        for column, values in zip(self.out.unbind(1), what, strict=True):
+            column.copy_(values)
+
+    @torch.no_grad()
+    def cycle(self) -> None:
+        """All steps of the epoch in `batch`, then a look."""
+        p, rows = self.setting.p, self.batch
+        first, second = rows // p + self.base, rows % p + self.base
+        label = self.data["y"].expand(self.per_epoch, -1, -1).gather(2, rows)
+        for batch in zip(first, second, label, self.weight, strict=True):
+            self.step(*batch)
+        self.look()
+
+    def advance(self, epochs: int) -> Tensor:
+        """Train for some epochs, and return what was seen, `[epochs, S, 3]`."""
+        which = torch.arange(epochs, device=self.device) + self.epoch
+        order = epoch_orders(self.data["seed"], which, self.n)
+        rows = self.data["rows"].expand(epochs, -1, -1).gather(2, order)
+        rows = F.pad(rows, (0, self.per_epoch * self.size - self.n))
+        rows = rows.unflatten(2, (self.per_epoch, self.size)).transpose(1, 2)
+        seen = self.out.new_empty(epochs, *self.out.shape)
+        for batch, out in zip(rows, seen, strict=True):
+            self.batch.copy_(batch)
+            if self.graph is None:
+                self.cycle()
+            else:
+                self.graph.replay()
+            out.copy_(self.out)
+        self.epoch += epochs
+        return seen
+
+    def store(self, seen: Tensor) -> None:
+        """Hand what was seen, `[E, S, 3]`, to the cells."""
+        for i, progress in enumerate(self.progress):
+            mine = self.cell == i
+            if mine.any():
+                progress.add(self.member[mine], seen[:, mine].permute(2, 1, 0))
+
+# %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #f7d89408
+class Lane:
+    """A stack with work queued ahead, on a GPU in a stream of its own.
+
+    Parameters
+    ----------
+    make
+        Makes the `Lockstep`.
+    device
+        Where it computes.
+    first
+        Whether it goes before other lanes.
+    chunk
+        Steps to queue at once on a GPU.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Lockstep],
+        device: str,
+        first: bool = False,
+        chunk: int = 600,
+    ):
+        self.queue: deque = deque()
+        self.stream, self.inside, self.chunk = None, nullcontext(), chunk
+        if torch.device(device).type == "cuda":
+            self.stream = torch.cuda.Stream(device, priority=-int(first))
+            self.inside = torch.cuda.stream(self.stream)
+        self.recordable = self.stream is not None
+        with self.inside:
+            self.stack = make()
+
+    @property
+    def over(self) -> bool:
+        """Whether no member counts any more."""
+        return not any(p.active.any() for p in self.stack.progress)
+
+    def record(self) -> None:
+        """Record an epoch as a graph; if that fails, go on without."""
+        graph = torch.cuda.CUDAGraph()
+        self.stack.fresh = False
+        try:
+            graph.capture_begin(capture_error_mode="relaxed")
+            try:
+                self.stack.cycle()
+            finally:
+                graph.capture_end()
+        except RuntimeError as error:
+            warnings.warn(f"epochs run step by step: {error}", stacklevel=2)
+            self.recordable = False
+        else:
+            self.stack.graph = graph
+
+    def enqueue(self) -> None:
+        """Queue the next epochs; of a new stack one, which warms it up."""
+        stack, ready = self.stack, None
+        with self.inside:
+            if self.stream is None:
+                seen = stack.advance(1)
+            else:
+                warm = self.recordable and stack.fresh
+                several = max(1, self.chunk // stack.per_epoch)
+                seen = stack.advance(1 if warm else several)
+                if warm:
+                    self.record()
+                host = torch.empty(
+                    seen.shape, dtype=seen.dtype, pin_memory=True
+                )
+                seen = host.copy_(seen, non_blocking=True)
+                ready = torch.cuda.Event()
+                ready.record()
+        self.queue.append((ready, seen))
+
+    def collect(self) -> None:
+        """Wait for the oldest entry of the queue, and store it."""
+        ready, seen = self.queue.popleft()
+        if ready is not None:
+            ready.synchronize()
+        self.stack.store(seen)
+
+    def drain(self) -> None:
+        """Collect all that is queued."""
+        while self.queue:
+            self.collect()
+
+    def poll(self) -> bool:
+        """Collect what is through and queue more; whether there was any."""
+        moved = False
+        while self.queue and (
+            self.queue[0][0] is None or self.queue[0][0].query()
+        ):
+            self.collect()
+            moved = True
+        if moved and not self.over:
+            here = len(self.stack.cell)
+            gone = here - int(self.stack.wanted().sum())
+            if gone >= math.ceil(here / 4):
+                self.drain()
+        if moved and not (self.over or self.queue):
+            wanted = self.stack.wanted()
+            if not wanted.all():
+                with self.inside:
+                    self.stack.keep(wanted)
+        while not self.over and len(self.queue) < (2 if self.stream else 1):
+            self.enqueue()
+            moved = True
+        return moved
+
+
+PAPER = Setting(97, 128, 128, 1e-3, 0.01, hold=1)
+
+
+def run_table(
+    cells: Mapping[Any, Cell],
+    seeds: Sequence[int],
+    *,
+    setting: Setting = PAPER,
+    size: int = 512,
+    device: str = "cpu",
+    limit_s: float | None = None,
+) -> dict[Any, Run]:
+    """Train cells as published, all at once; all times are in epochs.
+
+    Parameters
+    ----------
+    cells
+        Key to cell.
+    seeds
+        Replicates of every cell.
     setting
         The published one; its `steps` are not used.
     size
         Pairs a minibatch.
-    goal
-        Best test accuracy at which a member may leave; None for never.
     device
         Where to compute.
+    limit_s
+        Wall time after which cells that are not over are cut short: their
+        `Run.budget` is less than their epochs, and members without an event
+        were watched no longer than that.
 
     Source: masonwilliams2025decomposed, sec. 4.
     """
-    seeds = list(seeds)
-    own = pairs(setting.p, frac, seeds, task, device)
-    batches = Minibatches(own["train"], seeds, size)
-    params = {
-        k: v.to(device) for k, v in stacked(arm, setting, seeds).items()
-    }
-    s_and_bias = [n for n in params if n.endswith(("original1", "bias"))]
-    done = fit(
-        params,
-        MinibatchLoss(setting.p),
-        optimiser=AdamW(
-            lr=setting.rate, weight_decay=setting.decay, beta2=0.98
-        ),
-        steps=epochs * batches.per_epoch,
-        batches=batches,
-        per_member=own,
-        decay=s_and_bias if arm.decay == "product" else None,
-        every=batches.per_epoch,
-        callbacks=[
-            AllPairs(setting.p),
-            Finished(len(seeds), setting.hold, goal),
-            PathLength(len(seeds), MATRICES),
-        ],
-    )
-    per = batches.per_epoch
-    history = {
-        k: Trace(t.steps // per, t.values)
-        for k, t in done.history.items() if k != "loss"
-    }
-    done = replace(done, history=history)
-    return summarise(arm, seeds, done, epochs, setting.hold)
+    began = time.perf_counter()
+    alike: dict[Any, list] = {}
+    count = {}
+    for key, cell in cells.items():
+        net = build(cell.arm, setting, 0)
+        count[key] = parameters(net)
+        kind = tuple((k, v.ndim) for k, v in net.named_parameters())
+        alike.setdefault((kind, cell.arm.decay, cell.frac), []).append(key)
+    longest = max(cell.epochs for cell in cells.values())
+    lanes = {}
+    for keys in alike.values():
+        mine = [cells[k] for k in keys]
+        make = partial(Lockstep, mine, seeds, setting, size, device)
+        first = max(cell.epochs for cell in mine) == longest
+        lanes[tuple(keys)] = Lane(make, device, first)
+    while waiting := [lane for lane in lanes.values() if not lane.over]:
+        if limit_s is not None and time.perf_counter() - began > limit_s:
+            break
+        if not any([lane.poll() for lane in waiting]):
+            time.sleep(5e-4)
+    runs = {}
+    for keys, lane in lanes.items():
+        lane.drain()
+        seconds = time.perf_counter() - began
+        for key, progress in zip(keys, lane.stack.progress, strict=True):
+            runs[key] = progress.run(parameters=count[key], seconds=seconds)
+    return {key: runs[key] for key in cells}
 
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #5eec2d0d
 def product_distance(
@@ -1284,3 +1727,80 @@ def published_ratio(frac: float, arm: str) -> tuple[float, float]:
     (a, ea), (b, eb) = PUBLISHED[frac][arm], PUBLISHED[frac]["standard"]
     ratio = a / b
     return ratio, ratio * math.hypot(ea / a, eb / b)
+
+# %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #95d526c4
+SHARES = {"low": 0.5, "mid": 0.65, "high": 0.8}
+
+
+def published_cells(setting: Setting = PAPER) -> dict[tuple, Cell]:
+    """The published table and its controls: key as in `evidence_best`."""
+    named = {k: LADDER[k] for k in ("standard", "full")} | FRACTIONS
+    more = {"rank2": RANKS["rank2"], "product": LADDER["product"]}
+    for name in ("full", "half", "quarter"):
+        size = matched(parameters(build(named[name], setting, 0)), setting)
+        more[f"matched_{name}"] = Arm(f"sized as {name}", size=size)
+    cells = {
+        (where, name): Cell(arm, frac, EPOCHS[frac])
+        for where, frac in SHARES.items()
+        for name, arm in (named | more if where == "high" else named).items()
+    }
+    frac = SHARES["high"]
+    return cells | {
+        ("random", name): Cell(arm, frac, EPOCHS[frac], "random", None)
+        for name, arm in named.items()
+    }
+
+
+def published_rows(
+    cells: Mapping[tuple, Cell], runs: Mapping[tuple, Run]
+) -> list[dict[str, Any]]:
+    """One row for each network: when its test accuracy was at its best.
+
+    `budget` is how long it was watched, `mean` its average test accuracy,
+    `path` the length of its products' path until 100 % or the end.
+    """
+    rows = []
+    for (where, name), run in runs.items():
+        test = run.history["test"].values.numpy()
+        label = f"random_{name}" if where == "random" else name
+        for i, seed in enumerate(run.seeds):
+            rows.append({
+                "fraction": cells[where, name].frac, "arm": label,
+                "seed": seed, "epochs": int(np.nanargmax(test[i])),
+                "reached": int(run.best.event[i]),
+                "accuracy": f"{run.accuracy[i]:.5f}",
+                "budget": int((~np.isnan(test[i])).sum()) - 1,
+                "mean": f"{run.mean[i]:.5f}",
+                "path": f"{run.paths['best'][i]:.1f}",
+            })
+    return rows
+
+
+def supposed(
+    cells: Mapping[tuple, Cell], runs: Mapping[tuple, Run], arrived: bool
+) -> dict[tuple, Run]:
+    """Runs in which who was cut short arrived there and then, or never did.
+
+    Parameters
+    ----------
+    cells, runs
+        As from `published_cells` and `run_table`.
+    arrived
+        Which of the two.
+    """
+    out = dict(runs)
+    for key, run in runs.items():
+        epochs, event = cells[key].epochs, run.best.event
+        if run.budget >= epochs or event.all():
+            continue
+        time_ = run.best.time if arrived else np.where(
+            event, run.best.time, epochs
+        )
+        top = {
+            k: np.where(event, getattr(run, k), 1.0) if arrived
+            else getattr(run, k)
+            for k in ("accuracy", "mean")
+        }
+        best = FirstStep(time_, event | arrived)
+        out[key] = replace(run, best=best, **top)
+    return out

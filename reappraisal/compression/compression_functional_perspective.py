@@ -778,16 +778,12 @@ def maps(
     if missing:
         raise ValueError(f"runs: {sorted(missing)} missing")
     names = [*runs, *ends]
-    S = len(runs["base"])
     size = [runs[k].shape[1] for k in runs] + [1] * len(ends)
     last = np.cumsum(size) - 1
     far = [names.index(k) for k in independents]
     base = names.index("base")
 
-    def drawn(s: int) -> tuple:
-        points = np.concatenate(
-            [runs[k][s] for k in runs] + [ends[k][s][None] for k in ends]
-        )
+    def drawn(points: np.ndarray) -> tuple:
         full = end_ratios(points[last], base, far)
         seen, quality, first = [], [], None
         for perplexity in perplexities:
@@ -800,7 +796,10 @@ def maps(
         ratio = np.median(seen, 0) if seen else np.full(len(names), np.nan)
         return ratio, full, quality, first
 
-    found = run_parts(drawn, range(S), workers=workers)
+    points = np.concatenate(
+        [*runs.values(), *(v[:, None] for v in ends.values())], 1
+    )
+    found = run_parts(drawn, points, workers=workers)
     ratio, full, trust = (np.array([f[k] for f in found]) for k in range(3))
     parts = np.split(found[0][3], np.cumsum(size)[:-1])
     shown = dict(zip(names, parts, strict=True))

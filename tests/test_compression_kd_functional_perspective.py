@@ -271,8 +271,11 @@ def test_neither_stacks_nor_twins_change_a_network(data):
         assert torch.equal(v[0], v[2]) and not torch.equal(v[0], v[1])
         for name in few:
             a = whole.students[name].params[k]
-            assert torch.equal(a, cut.students[name].params[k])
-            assert torch.equal(a[:2], plain.students[name].params[k])
+            for b in (cut, plain):
+                b = b.students[name].params[k]
+                torch.testing.assert_close(
+                    a[: len(b)], b, rtol=1e-3, atol=1e-4
+                )
             assert not torch.equal(a[0], a[2])
 
 

@@ -72,20 +72,12 @@ def world(near=1.0, noise_gain=0.0, real_gain=0.0, seed=0, agree=0.3):
             centre = 0.1 if c.alpha == 1 else 0.5 + gain
             accuracy[name] = centre + 0.05 * (luck - 1) * (
                 c.alpha < 1) + rng.normal(0, 0.004, n)
+        distance["copy"] = {m: np.zeros(n) for m in MEASURES}
         found[arch] = Readings(
             distance, distance, accuracy, accuracy,
             {"none": np.ones(n)}, np.full(n, 0.5), np.full(n, 0.1),
         )
     return found
-
-
-def copies(readings):
-    out = {}
-    for a, r in readings.items():
-        d = {"none": r.distance["none"],
-             "copy": {m: 0 * v for m, v in r.distance["none"].items()}}
-        out[a] = Readings(d, d, {}, {}, {}, r.teacher_accuracy, r.teacher_loss)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +100,15 @@ def test_small_and_large_transfers_are_told_apart():
     for near, expected in ((0.8, "reproduced"), (0.2, "not reproduced"),
                            (1.3, "inconclusive")):
         r = world(near)
-        assert judge(slug, evidence_small(r, copies(r))).verdict == expected
+        assert judge(slug, evidence_small(r)).verdict == expected
 
 
 def test_an_agreement_of_95_percent_is_no_small_transfer():
     r = world(0.55, agree=0.08)  # 92 % agreement without a teacher: easy
-    e = evidence_small(r, copies(r))
+    e = evidence_small(r)
     assert e["easy_mlp"] == [0]
     hard = world(0.1, agree=0.3)  # 97 % with, 70 % without
-    e = evidence_small(hard, copies(hard))
+    e = evidence_small(hard)
     assert e["easy_mlp"][0] > 0.1 and (e["agree_mlp"] < 0).all()
 
 
@@ -263,6 +255,28 @@ def test_determinism_bit_for_bit_and_alone(arch, data):
             torch.testing.assert_close(
                 v[1:], alone.students[name].params[k], rtol=1e-3, atol=1e-4
             )
+
+
+def test_neither_stacks_nor_twins_change_a_network(data):
+    part, _ = data
+    few = {k: CONDITIONS[k] for k in ("none", "real 0.9", "uniform 0.5")}
+    whole, cut = (
+        control_suite(ARCHITECTURES["conv"], part, [1, 2, 1], few,
+                      orders=[7, 8, 9], at_once=n, **TRAINING)
+        for n in (None, 4)
+    )
+    plain = control_suite(ARCHITECTURES["conv"], part, [1, 2], few,
+                          orders=[7, 8], **TRAINING)
+    for k, v in whole.teachers.params.items():
+        assert torch.equal(v[0], v[2]) and not torch.equal(v[0], v[1])
+        for name in few:
+            a = whole.students[name].params[k]
+            for b in (cut, plain):
+                b = b.students[name].params[k]
+                torch.testing.assert_close(
+                    a[: len(b)], b, rtol=1e-3, atol=1e-4
+                )
+            assert not torch.equal(a[0], a[2])
 
 
 def test_targets(data):

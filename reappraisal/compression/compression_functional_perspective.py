@@ -23,6 +23,7 @@ from ..intervene.truncate import plan, truncate
 from ..lab import data as shelf
 from ..lab.ensemble import Adam, Ensemble, train, untrained
 from ..lab.models import generator, mlp
+from ..lab.parts import run_parts
 from ..measure.footprint import footprint
 from ..measure.functional import DISTANCES, twin_distances
 from ..measure.reading import Outputs, read_outputs
@@ -30,12 +31,12 @@ from ..protocol.statistics import Interval, ratio_of_means
 
 # %% auto #0
 __all__ = ['EPOCHS', 'BATCH', 'RATE', 'WIDTHS', 'METRICS', 'Recipe', 'OFFSET', 'ALPHAS', 'BITS', 'SHARES', 'TUNED', 'BUDGETS',
-           'COMPRESSED', 'SHORT', 'Bench', 'bench', 'grow', 'permute_first', 'mixup', 'distances', 'Child', 'Frontier',
-           'frontier', 'quantised', 'pruned', 'low_rank', 'taught', 'deviation', 'eta_squared', 'group_means',
-           'landscape', 'end_ratios', 'trajectory', 'Maps', 'maps', 'away', 'published', 'attacks', 'fresh',
-           'matched_function', 'routes', 'lineage', 'draw_maps', 'evidence_landscape', 'evidence_deviation', 'pair',
-           'evidence_home', 'evidence_published', 'evidence_fresh', 'same_accuracy', 'evidence_transfer', 'pool',
-           'evidence_blind', 'evidence_shared']
+           'COMPRESSED', 'SHORT', 'Bench', 'bench', 'grow', 'apart', 'permute_first', 'mixup', 'distances', 'Child',
+           'Frontier', 'frontier', 'quantised', 'pruned', 'low_rank', 'taught', 'deviation', 'eta_squared',
+           'group_means', 'landscape', 'end_ratios', 'trajectory', 'Maps', 'maps', 'away', 'published', 'attacks',
+           'fresh', 'matched_function', 'routes', 'epochs_of', 'family', 'lineage', 'views', 'evidence_landscape',
+           'evidence_deviation', 'pair', 'evidence_home', 'evidence_published', 'evidence_fresh', 'same_accuracy',
+           'evidence_transfer', 'pool', 'evidence_blind', 'evidence_shared']
 
 # %% ../../nbs/compression/compression_functional_perspective.ipynb #c008
 EPOCHS, BATCH, RATE = 12, 32, 3e-3
@@ -126,8 +127,8 @@ def grow(
     order: Sequence[int],
     *,
     teacher: Ensemble | None = None,
-    alpha: float = 0.9,
-    temperature: float = 1.0,
+    alpha: float | Sequence[float] = 0.9,
+    temperature: float | Sequence[float] = 1.0,
     net: nn.Module | None = None,
     data: tuple[Tensor, ...] | None = None,
     epochs: int | None = None,
@@ -145,9 +146,11 @@ def grow(
     order : seeds [S]
         Of the order of the data.
     teacher : Ensemble, optional
-        Member i teaches network i.
+        Member i teaches network i; where there are more networks, it begins
+        again with the first.
     alpha, temperature
-        Weight of the teacher, and what divides logits.
+        Weight of the teacher, and what divides logits; one for all, or one
+        for each network.
     net : nn.Module, optional
         Another architecture.
     data : (Tensor [N, D], targets), optional
@@ -175,10 +178,21 @@ def grow(
     ) | training
     if teacher is None:
         return train(start, data, **options)
+    said = read_outputs(teacher, data[0]).logits
+    said = said.repeat(len(start) // len(said), 1, 1)
     return distil(
-        start, teacher, data if len(data) > 1 else data[0], alpha=alpha,
+        start, said, data if len(data) > 1 else data[0], alpha=alpha,
         temperature=temperature, engine="auto", **options,
     )
+
+
+def apart(stack: Ensemble, names: Sequence[str]) -> dict[str, Ensemble]:
+    """Ensembles of the same size that were trained in one stack."""
+    size = len(stack) // len(names)
+    return {
+        name: stack[k * size : (k + 1) * size]
+        for k, name in enumerate(names)
+    }
 
 # %% ../../nbs/compression/compression_functional_perspective.ipynb #c013
 def permute_first(ensemble: Ensemble, seed: int = 0) -> Ensemble:
@@ -568,8 +582,12 @@ def low_rank(budget: float) -> Recipe:
     """Replace weights by products with a share of the numbers."""
 
     def make(parents):
+        # a GPU takes many small matrices apart one after another
+        device = next(iter(parents.params.values())).device
+        parents = parents.to("cpu")
         model = truncate(parents, plan(parents, budget))
-        return model, footprint(model.member(0)).stored_bits
+        bits = footprint(model.member(0)).stored_bits
+        return model.to(device), bits
 
     return make
 
@@ -728,6 +746,7 @@ def maps(
     perplexities: Sequence[float] = (15, 5, 30),
     starts: int = 3,
     least: float = 0.9,
+    workers: int = 1,
 ) -> Maps:
     """Draw every seed's landscape, several times, and measure on it.
 
@@ -742,6 +761,8 @@ def maps(
         A map for each combination.
     least : float
         Trustworthiness that a map needs to count.
+    workers : int
+        Processes that share out the seeds.
 
     Returns
     -------
@@ -757,32 +778,31 @@ def maps(
     if missing:
         raise ValueError(f"runs: {sorted(missing)} missing")
     names = [*runs, *ends]
-    S = len(runs["base"])
     size = [runs[k].shape[1] for k in runs] + [1] * len(ends)
     last = np.cumsum(size) - 1
     far = [names.index(k) for k in independents]
     base = names.index("base")
-    ratio, full = np.full((2, S, len(names)), np.nan)
-    trust, shown = [], {}
-    for s in range(S):
-        points = np.concatenate(
-            [runs[k][s] for k in runs] + [ends[k][s][None] for k in ends]
-        )
-        full[s] = end_ratios(points[last], base, far)
-        seen, quality = [], []
+
+    def drawn(points: np.ndarray) -> tuple:
+        full = end_ratios(points[last], base, far)
+        seen, quality, first = [], [], None
         for perplexity in perplexities:
             for start in range(starts):
                 xy, good = landscape(points, perplexity, start)
                 quality.append(good)
-                if not shown:
-                    parts = np.split(xy, np.cumsum(size)[:-1])
-                    shown = dict(zip(names, parts, strict=True))
+                first = xy if first is None else first
                 if good > least:
                     seen.append(end_ratios(xy[last], base, far))
-        trust.append(quality)
-        if seen:
-            ratio[s] = np.median(seen, 0)
-    trust = np.array(trust)
+        ratio = np.median(seen, 0) if seen else np.full(len(names), np.nan)
+        return ratio, full, quality, first
+
+    points = np.concatenate(
+        [*runs.values(), *(v[:, None] for v in ends.values())], 1
+    )
+    found = run_parts(drawn, points, workers=workers)
+    ratio, full, trust = (np.array([f[k] for f in found]) for k in range(3))
+    parts = np.split(found[0][3], np.cumsum(size)[:-1])
+    shown = dict(zip(names, parts, strict=True))
     return Maps(
         dict(zip(names, ratio.T, strict=True)),
         dict(zip(names, full.T, strict=True)),
@@ -828,23 +848,33 @@ def published(
     dict from name to Ensemble
         "base", the roles, and "alpha 0.1", "alpha 0.5", "alpha 0.9".
     """
-    found = {"base": grow(setup, seeds, seeds, **training)}
-    for role in roles:
-        who = away(seeds, role)
-        found[role] = grow(setup, who, who, **training)
-    order = away(seeds, "student")
-    for alpha in ALPHAS:
-        found[f"alpha {alpha}"] = grow(
-            setup, seeds, order, teacher=found["base"], alpha=alpha,
-            temperature=3.0, **training,
-        )
-    return found
+    names = ["base", *roles]
+    who = list(seeds) + [s for role in roles for s in away(seeds, role)]
+    found = apart(grow(setup, who, who, **training), names)
+    names = [f"alpha {a}" for a in ALPHAS]
+    students = grow(
+        setup, list(seeds) * 3, away(seeds, "student") * 3,
+        teacher=found["base"], alpha=[a for a in ALPHAS for _ in seeds],
+        temperature=3.0, **training,
+    )
+    return found | apart(students, names)
 
 
 def attacks(
-    setup: Bench, seeds: Sequence[int], base: Ensemble
+    setup: Bench, seeds: Sequence[int], base: Ensemble,
+    checkpoints: Sequence[int] = (),
 ) -> dict[str, Ensemble]:
     """Networks that share the base's first weights, and other controls.
+
+    Parameters
+    ----------
+    setup : Bench
+    seeds : sequence of int
+        Of the base models.
+    base : Ensemble
+        Teaches.
+    checkpoints : sequence of int
+        Steps that are kept of "no teacher".
 
     Returns
     -------
@@ -856,16 +886,22 @@ def attacks(
     """
     order, own = away(seeds, "student"), list(seeds)
     start = untrained(setup.net, own, device=str(setup.train[0].device))
+    usual = setup.epochs * setup.epoch
+    longer = grow(
+        setup, start, order, steps=4 * usual, checkpoints=[*checkpoints, usual]
+    )
+    names = ["alpha 0.9, T=1", "alpha 0.9, T=4", "copy"]
+    students = grow(
+        setup, Ensemble.join([start, start, base]), order * 3, teacher=base,
+        temperature=[t for t in (1.0, 4.0, 3.0) for _ in own],
+    )
     return {
-        "no teacher": grow(setup, start, order),
-        "alpha 0.9, T=1": grow(setup, start, order, teacher=base),
-        "alpha 0.9, T=4": grow(
-            setup, start, order, teacher=base, temperature=4.0
-        ),
+        # on its way, longer training is the usual training
+        "no teacher": longer.at(usual),
+        "longer": longer,
+        **apart(students, names),
         "permuted": grow(setup, permute_first(start, own[0]), order),
-        "longer": grow(setup, start, order, epochs=4 * setup.epochs),
         "faster": grow(setup, start, order, rate=1e-2),
-        "copy": grow(setup, base, order, teacher=base, temperature=3.0),
         "no factor": grow(
             setup, start, order, teacher=base, alpha=0.5, temperature=3.0,
             kind="cross_entropy",
@@ -888,10 +924,11 @@ def fresh(
     for name, part in (("full", 1), ("half", 2), ("quarter", 4)):
         net = mlp([sizes[0], *(s // part for s in sizes[1:-1]), sizes[-1]])
         found[f"{name} alone"] = grow(setup, who, who, net=net)
-        for t in (1, 4):
-            found[f"{name} T={t}"] = grow(
-                setup, who, who, net=net, teacher=base, temperature=float(t)
-            )
+        students = grow(
+            setup, who * 2, who * 2, net=net, teacher=base,
+            temperature=[t for t in (1.0, 4.0) for _ in who],
+        )
+        found |= apart(students, [f"{name} T=1", f"{name} T=4"])
     return found
 
 
@@ -914,9 +951,13 @@ def matched_function(
     noise = torch.rand(x.shape, generator=rng).to(x)
     usual = setup.epochs * setup.epoch
     teach = dict(teacher=base, alpha=1.0, temperature=4.0)
+    long = grow(
+        setup, who, who, data=(x,), steps=4 * usual, checkpoints=[usual],
+        **teach,
+    )
     return {
-        "equal": grow(setup, who, who, data=(x,), steps=usual, **teach),
-        "long": grow(setup, who, who, data=(x,), steps=4 * usual, **teach),
+        "equal": long.at(usual),
+        "long": long,
         "labels": grow(setup, who, who, data=(x, soft), steps=4 * usual),
         "noise": grow(
             setup, who, who, data=(noise,), steps=usual, **teach
@@ -973,9 +1014,63 @@ def routes(
     return found
 
 # %% ../../nbs/compression/compression_functional_perspective.ipynb #c032
-def lineage(
+def epochs_of(setup: Bench) -> list[int]:
+    """The step after every epoch but the last."""
+    return [setup.epoch * e for e in range(1, setup.epochs)]
+
+
+def family(
     setup: Bench, seeds: Sequence[int], depth: str = "all",
     mixed: int = 10_000,
+) -> dict[str, Ensemble]:
+    """All networks that are trained for one pair of data and network.
+
+    Parameters
+    ----------
+    setup : Bench
+    seeds : sequence of int
+        Of the parents.
+    depth : {"accuracy", "routes", "all"}
+        As for `lineage`.
+    mixed : int
+        Inputs for function matching.
+
+    Returns
+    -------
+    dict from name to Ensemble
+        "base", "stranger" and, for "all", "second" first; the others under
+        technique and name, as `Frontier` has them.
+    """
+    found = {}
+    if depth != "all":
+        nets = published(setup, seeds)
+    else:
+        steps = epochs_of(setup)
+        nets = published(
+            setup, seeds, ("stranger", "second", "third"), checkpoints=steps
+        )
+        base = replace(nets["base"], checkpoints={})
+        nets |= attacks(setup, seeds, base, steps)
+        for name, net in fresh(setup, seeds, base).items():
+            kind = "control" if name.endswith("alone") else "fresh student"
+            found[f"{kind} {name}"] = net
+        pairs = matched_function(setup, seeds, base, mixed)
+        for name, net in pairs.items():
+            match = name in ("equal", "long")
+            kind = "function matching" if match else "control"
+            found[f"{kind} {name}"] = net
+    first = {
+        k: nets.pop(k) for k in ("base", "stranger", "second") if k in nets
+    }
+    for name, net in nets.items():
+        kind = "student" if name.startswith("alpha") else "control"
+        found[f"{kind} {name}"] = net
+    return first | found
+
+
+def lineage(
+    setup: Bench, seeds: Sequence[int], depth: str = "all",
+    kin: Mapping[str, Ensemble] | None = None,
 ) -> Frontier:
     """Everything that is asked of one pair of data and network.
 
@@ -987,67 +1082,56 @@ def lineage(
     depth : {"accuracy", "routes", "all"}
         What the first measure needs; all routes of compression without
         fresh students; everything.
-    mixed : int
-        Inputs for function matching.
+    kin : mapping from name to Ensemble, optional
+        What `family` gives for the same; by default it is trained here.
 
     Returns
     -------
     Frontier
     """
-    roles = ("stranger", "third") if depth == "all" else ("stranger",)
-    nets = published(setup, seeds, roles)
-    base, stranger = nets.pop("base"), nets["stranger"]
-    more: dict[str, dict[str, Ensemble]] = {
-        "control": {}, "student": {}, "fresh student": {},
-        "function matching": {},
-    }
-    if depth == "all":
-        nets |= attacks(setup, seeds, base)
-        for name, net in fresh(setup, seeds, base).items():
-            alone = name.endswith("alone")
-            more["control" if alone else "fresh student"][name] = net
-        pairs = matched_function(setup, seeds, base, mixed)
-        for name, net in pairs.items():
-            match = name in ("equal", "long")
-            more["function matching" if match else "control"][name] = net
-    for name, net in nets.items():
-        kind = "student" if name.startswith("alpha") else "control"
-        more[kind][name] = net
+    kin = family(setup, seeds, depth) if kin is None else kin
     recipes = routes(setup, seeds, depth != "accuracy")
-    for technique, found in more.items():
-        if found:
-            recipes.setdefault(technique, {}).update(
-                {name: taught(net) for name, net in found.items()}
-            )
-    return frontier(base, recipes, setup.check, setup.test, stranger)
+    for kind in ("control", "student", "fresh student", "function matching"):
+        nets = {k: v for k, v in kin.items() if k.startswith(f"{kind} ")}
+        for name, net in nets.items():
+            setting = name.removeprefix(f"{kind} ")
+            recipes.setdefault(kind, {})[setting] = taught(net)
+    recipes["control"]["stranger"] = taught(kin["stranger"])
+    base = replace(kin["base"], checkpoints={})
+    return frontier(base, recipes, setup.check, setup.test, kin["stranger"])
 
 
-def draw_maps(
-    setup: Bench, seeds: Sequence[int], **options: Any
-) -> tuple[Maps, dict[str, np.ndarray]]:
-    """Landscapes as published, with the controls, and who has collapsed.
+def views(
+    setup: Bench, kin: Mapping[str, Ensemble], size: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray],
+           dict[str, np.ndarray]]:
+    """What the landscapes are drawn from, and who has collapsed.
 
     Parameters
     ----------
     setup : Bench
-    seeds : sequence of int
-    **options
-        As for `maps`.
+    kin : mapping from name to Ensemble
+        As `family` gives for "all".
+    size : int
+        The first so many seeds.
 
     Returns
     -------
-    (Maps, dict from name to array [S])
-        And the accuracy of pruned networks over their base's.
+    runs, ends : dict from name to array
+        As `maps` takes them, with the controls.
+    kept : dict from name to array [S]
+        Accuracy of pruned networks over their base's.
     """
-    steps = [setup.epoch * e for e in range(1, setup.epochs)]
     x, y = setup.test
-    nets = published(
-        setup, seeds, ("stranger", "second", "third"), checkpoints=steps
-    )
-    base = nets["base"]
-    nets["no teacher"] = grow(
-        setup, seeds, away(seeds, "student"), checkpoints=steps
-    )
+    names = {
+        "base": "base", "stranger": "stranger", "second": "second",
+        "third": "control third",
+        **{f"alpha {a}": f"student alpha {a}" for a in ALPHAS},
+        "no teacher": "control no teacher",
+    }
+    steps = epochs_of(setup)
+    runs = {k: trajectory(kin[v], x, steps)[:size] for k, v in names.items()}
+    base = replace(kin["base"], checkpoints={})[:size]
     ends, kept = {}, {}
     for name, recipe in {
         "16 bit": quantised(16), "8 bit": quantised(8),
@@ -1059,11 +1143,11 @@ def draw_maps(
             after, before = (m.evaluate(x, y).accuracy for m in (model, base))
             kept[name] = (after / before).cpu().numpy()
     z = base.predict(x)
-    rng = generator(seeds[0], "noise")
+    rng = generator(kin["base"].seeds[0], "noise")
     z = z + 1e-3 * torch.randn(z.shape, generator=rng).to(z)
     ends["copy"] = z.softmax(-1).flatten(1).cpu().numpy()
-    runs = {k: trajectory(v, x, steps) for k, v in nets.items()}
-    return maps(runs, ends, **options), kept
+    return runs, ends, kept
+
 
 # %% ../../nbs/compression/compression_functional_perspective.ipynb #c036
 COMPRESSED = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -435,3 +435,20 @@ def test_bad_input_is_named(name):
     act, match = BAD[name]
     with pytest.raises(ValueError, match=match):
         act()
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 60), (2, 40, 30)])
+def test_both_ways_to_singular_vectors_agree(shape):
+    """Products of rows, as on a GPU, give what QR and SVD give."""
+    rng = torch.Generator().manual_seed(0)
+    A = torch.randn(shape, generator=rng)
+    A = A * torch.logspace(0, -3, shape[1])[:, None]
+    (u, s), (v, t) = (ms._left_singular(A, gram) for gram in (False, True))
+    k = min(shape[1:])
+    torch.testing.assert_close(t[:, :k], s[:, :k], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        v[..., :10].square(), u[..., :10].square(), rtol=0, atol=1e-4
+    )
+    # double precision would lose half of its digits that way
+    u, s = ms._left_singular(A.double(), True)
+    assert torch.equal(s, ms._left_singular(A.double(), False)[1])

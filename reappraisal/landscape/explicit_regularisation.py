@@ -256,27 +256,44 @@ class Dosed(Batches):
         self.tables = tables.flatten(0, 1)
         self.classes, self.width, self.doses = classes, width, doses
         self.noise = [generator(s, "noise") for s in sorted(set(seeds))]
+        self.random = self.streams_with("shift", "noise", "dropout")
+        self.masked = self.streams_with("dropout")
 
-    def draw(self, how, *size, low=()) -> Tensor:
-        """The same random numbers for all members of a stream."""
-        values = torch.stack([
-            how(*low, size, generator=g) for g in self.noise
-        ]).to(self.device)
+    def streams_with(self, *knobs: str) -> Tensor:
+        """Streams of which some member has one of the knobs."""
+        on = sum(self.doses[k][:, 0] for k in knobs) > 0
+        return self.which[on.cpu()].unique()
+
+    def draw(self, how, streams, *size, low=()) -> Tensor:
+        """The same random numbers for all members of a stream.
+
+        Zero for streams that are not among those asked for.
+        """
+        kind = torch.long if low else torch.float32
+        some = torch.empty(len(streams), *size, dtype=kind)
+        for row, i in zip(some, streams.tolist(), strict=True):
+            how(*low, size, generator=self.noise[i], out=row)
+        values = torch.zeros(
+            len(self.noise), *size, dtype=kind, device=self.device
+        )
+        values[streams.to(self.device)] = some.to(self.device)
         return values if self.all else values[self.stream]
 
     def __call__(self, step: int, members: Tensor) -> Batch:
         batch = super().__call__(step, members)
         dose = {k: v[members] for k, v in self.doses.items()}
         size = batch.rows.shape[1]
-        moved = self.draw(torch.rand, size) < dose["shift"]
-        way = self.draw(torch.randint, size, low=(1, self.kinds))
+        some = self.random
+        moved = self.draw(torch.rand, some, size) < dose["shift"]
+        way = self.draw(torch.randint, some, size, low=(1, self.kinds))
         rows = batch.rows + self.n * way * moved
         x = self.tables.index_select(0, rows.flatten())
         x = x.view(*rows.shape, -1)
-        z = self.draw(torch.randn, size, x.shape[-1])
+        z = self.draw(torch.randn, some, size, x.shape[-1])
         x = torch.addcmul(x, z, dose["noise"][..., None])
         p = dose["dropout"][..., None]
-        mask = (self.draw(torch.rand, size, self.width) >= p) / (1 - p)
+        mask = self.draw(torch.rand, self.masked, size, self.width)
+        mask = (mask >= p) / (1 - p)
         s = dose["smoothing"][..., None]
         y = F.one_hot(batch.y, self.classes) * (1 - s) + s / self.classes
         return Batch(step, members, x=(x, mask), y=y, rows=batch.rows)
@@ -316,7 +333,10 @@ class Best:
             return
         if self.params is None:
             self.params = {k: v.clone() for k, v in state.params.items()}
-        guess = state.outputs(self.x).argmax(-1)
+        rows = max(1, 2**20 // len(state.members))  # fits the memory
+        guess = torch.cat(
+            [state.outputs(x).argmax(-1) for x in self.x.split(rows)], 1
+        )
         accuracy = (guess == self.y).float().mean(1)
         better = accuracy >= self.accuracy[state.members]
         who = state.members[better]
@@ -539,9 +559,10 @@ def readings(
             for at in range(0, len(ensemble), some)
         ]
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-    val, test = problem.val, problem.test
-    z, zv = ensemble.predict(test.X).cpu(), ensemble.predict(val.X).cpu()
-    fitted = temperature_scale(zv, val.y)
+    (zv, yv), (z, y) = (
+        _logits(ensemble, part) for part in (problem.val, problem.test)
+    )
+    fitted = temperature_scale(zv, yv)
     p, pv, scaled = z.softmax(-1), zv.softmax(-1), fitted.apply(z)
     q = scaled.softmax(-1)
 
@@ -549,18 +570,24 @@ def readings(
         return (f.argmax(-1) == y).double().mean(-1)
 
     found = {
-        "accuracy": right(z, test.y),
-        "val_accuracy": right(zv, val.y),
-        "ece": ece(p, test.y, n_bins),
-        "gap": signed_gap(p, test.y),
-        "val_ece": ece(pv, val.y, n_bins),
-        "val_gap": signed_gap(pv, val.y),
+        "accuracy": right(z, y),
+        "val_accuracy": right(zv, yv),
+        "ece": ece(p, y, n_bins),
+        "gap": signed_gap(p, y),
+        "val_ece": ece(pv, yv, n_bins),
+        "val_gap": signed_gap(pv, yv),
         "T": fitted.value,
-        "ece_T": ece(q, test.y, n_bins),
-        "nll_T": nll(scaled, test.y),
+        "ece_T": ece(q, y, n_bins),
+        "nll_T": nll(scaled, y),
         "changed": (z.argmax(-1) != scaled.argmax(-1)).sum(-1),
     }
-    return {k: v.double().numpy() for k, v in found.items()}
+    return {k: _numpy(v) for k, v in found.items()}
+
+
+def _logits(ensemble: Ensemble, part: Dataset) -> tuple[Tensor, Tensor]:
+    """Logits of a part, and its labels beside them."""
+    z = ensemble.predict(part.X)
+    return z, part.y.to(z.device)
 
 
 def second_look(
@@ -580,17 +607,18 @@ def second_look(
         debiased, before and after scaling; left, the share of ECE after
         scaling that a second temperature removes.
     """
-    val, test = problem.val, problem.test
-    z, zv = ensemble.predict(test.X).cpu(), ensemble.predict(val.X).cpu()
-    fitted = temperature_scale(zv, val.y)
-    again = temperature_scale(fitted.apply(zv), val.y)
+    (zv, yv), (z, y) = (
+        _logits(ensemble, part) for part in (problem.val, problem.test)
+    )
+    fitted = temperature_scale(zv, yv)
+    again = temperature_scale(fitted.apply(zv), yv)
     scaled = fitted.apply(z)
     q, qq = scaled.softmax(-1), again.apply(scaled).softmax(-1)
     mass = dict(scheme="mass", norm="l2", debias=True)
     found = {
-        "ece_mass": ece(z.softmax(-1), test.y, n_bins, **mass),
-        "ece_mass_T": ece(q, test.y, n_bins, **mass),
-        "left": 1 - ece(qq, test.y, n_bins) / ece(q, test.y, n_bins),
+        "ece_mass": ece(z.softmax(-1), y, n_bins, **mass),
+        "ece_mass_T": ece(q, y, n_bins, **mass),
+        "left": 1 - ece(qq, y, n_bins) / ece(q, y, n_bins),
     }
     return {k: _numpy(v) for k, v in found.items()}
 
@@ -626,9 +654,16 @@ def panel(
     Returns
     -------
     dict
-        By the names in `MEASURES`. The trace takes 8 random vectors. IGS is read on the first 16 rows.
+        By the names in `MEASURES`. The trace takes 8 random vectors. IGS
+        is read on the first 16 rows.
     """
-    x, y = data
+    some = _at_once(ensemble, 200)  # as many vectors are held by Lanczos
+    if len(ensemble) > some:
+        parts = [
+            panel(ensemble[at : at + some], data)
+            for at in range(0, len(ensemble), some)
+        ]
+        return {k: np.concatenate([p[k] for p in parts]) for k in MEASURES}
     plain = dict(loss="cross_entropy")
     weight = ensemble.params[_classifier(ensemble.template) + ".weight"]
     return dict(zip(MEASURES, map(_numpy, (
@@ -642,8 +677,24 @@ def panel(
         relative_flatness(ensemble, data, **plain),
         weight.square().sum((1, 2)),
         largest_rise(ensemble, data, **plain),
-        igs(ensemble, (x[:16], y[:16]), rank=20),
+        _first_igs(ensemble, data),
     )), strict=True))
+
+
+def _at_once(ensemble: Ensemble, vectors: int) -> int:
+    """Members that fit the memory with so many vectors of parameters."""
+    weights = sum(p[0].numel() for p in ensemble.params.values())
+    return max(1, 2**29 // (vectors * weights))
+
+
+def _first_igs(ensemble: Ensemble, data: tuple[Tensor, Tensor]) -> Tensor:
+    """IGS on the first 16 rows, with 20 leading eigenvectors."""
+    first = [t[:16] for t in data]
+    some = _at_once(ensemble, 320)  # the gradients of 160 outputs, twice
+    return torch.cat([
+        igs(ensemble[at : at + some], first, rank=20)
+        for at in range(0, len(ensemble), some)
+    ])
 
 
 def published(
@@ -739,7 +790,12 @@ def curvature(
     ensemble: Ensemble, data: tuple[Tensor, Tensor], name: str
 ) -> np.ndarray:
     """One of the three readings of `along_temperature`, `[S]`."""
-    loss = "cross_entropy"
+    loss, some = "cross_entropy", _at_once(ensemble, 200)
+    if len(ensemble) > some:
+        return np.concatenate([
+            curvature(ensemble[at : at + some], data, name)
+            for at in range(0, len(ensemble), some)
+        ])
     if name == "trace":
         return _numpy(hessian_trace(
             ensemble, data, loss, method="hutchinson", products=8
@@ -880,9 +936,7 @@ def four_controls(
         found = {k: v[members] for k, v in reads.items()}
     found |= published(chosen, data)
     if "igs" not in found:
-        found["igs"] = _numpy(
-            igs(chosen, (data[0][:16], data[1][:16]), rank=20)
-        )
+        found["igs"] = _numpy(_first_igs(chosen, data))
     found = {k: v.reshape(len(CONTROLS), -1) for k, v in found.items()}
     tables = shifted(x, bank.problem.grid)
     rng = generator(0, "augmented")

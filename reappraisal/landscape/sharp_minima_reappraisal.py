@@ -1032,6 +1032,8 @@ def train_regressions(
         steps=steps[-1], optimiser=Adam(lr=1e-3), seeds=list(seeds) * len(
             names), loss="mse", per_member=("y",), checkpoints=tuple(steps),
         device=device,
+        # the chain goes through blocks of rows, which a GPU does not need
+        engine="auto" if torch.device(device).type == "cpu" else "vmap",
     )
     errors = []
     for step in steps:

@@ -353,7 +353,9 @@ class Objective:
 
     def pieces(self, vectors: int) -> tuple[int, int]:
         """How many samples and vectors to take at a time."""
-        room = max(1, _BUDGET // (self.load * (self.members or 1)))
+        # a GPU has no small cache to stay in, but kernels to start
+        budget = _BUDGET if self.device.type == "cpu" else 4 * _BUDGET
+        room = max(1, budget // (self.load * (self.members or 1)))
         at_once = max(1, min(vectors, room // 8))
         return max(1, room // at_once), at_once
 

@@ -649,8 +649,7 @@ def igs(
         A = both[..., :-1] * (logp[..., None] / 2).exp().to(both)
         A = A.flatten(1, 2)  # [S, N C, P]
         n = len(x)
-        small = torch.linalg.qr(A.mT, mode="r").R.double()
-        vectors, values, _ = torch.linalg.svd(small.mT, full_matrices=False)
+        vectors, values = _left_singular(A, A.is_cuda)
         tiny = max(A.shape[1:]) * torch.finfo(A.dtype).eps
         keep = values > (tiny if rtol is None else rtol) * values[:, :1]
         if rank is not None:
@@ -661,6 +660,23 @@ def igs(
         py = logp.gather(-1, y.expand(len(A), n)[..., None])[..., 0].exp()
         found.append((own / py).sum(-1))
     return objective.lead(torch.stack(found).mean(0))
+
+
+def _left_singular(A: Tensor, gram: bool) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and values of wide [S, M, P], in float64.
+
+    By QR and SVD, or of the products of its rows: on a GPU the former take
+    one matrix after the other. Products of numbers in double precision
+    have no digits to spare and keep to the former.
+    """
+    if gram and A.dtype == torch.float32:
+        wide = A.double()
+        values, vectors = torch.linalg.eigh((wide @ wide.mT).cpu())
+        values = values.flip(-1).clamp(min=0).sqrt()
+        return vectors.flip(-1).to(A.device), values.to(A.device)
+    small = torch.linalg.qr(A.mT, mode="r").R.double()
+    vectors, values, _ = torch.linalg.svd(small.mT, full_matrices=False)
+    return vectors, values
 
 
 def igs_published(

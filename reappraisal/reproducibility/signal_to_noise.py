@@ -34,17 +34,17 @@ from reappraisal.lab.ensemble import (
     untrained,
     vmapped,
 )
-from ..lab.models import generator, mlp, resnet
+from ..lab.models import generator, mlp
 from ..lab.optimisers import SAM
 from ..measure.calibration import ece
 from ..protocol.power import seeds_for
 
 # %% auto #0
 __all__ = ['YEARS', 'COUNTS', 'ARMS', 'METRICS', 'LOOKS', 'BUDGET', 'TINY', 'MODERATE', 'LARGE', 'SINGLY', 'STEPWISE', 'SPLITS',
-           'SMALL', 'BIG', 'CELLS', 'growth', 'evidence_growth', 'Arm', 'Task', 'shifted', 'Masked', 'masked',
+           'SMALL', 'BIG', 'CELLS', 'growth', 'evidence_growth', 'Arm', 'Task', 'shifted', 'Masked', 'masked', 'beside',
            'Altered', 'Jolted', 'RunBank', 'train_arm', 'score', 'train_bank', 'Studies', 't_paired', 't_unpaired',
            'without_farthest', 'pool', 'egger', 'forking', 'Freedoms', 'sealed', 'report', 'read', 'regret',
-           'digits_task', 'curves_task', 'cifar_task', 'draw', 'compare', 'within', 'winners', 'evidence_winners',
+           'digits_task', 'curves_task', 'photos_task', 'draw', 'compare', 'within', 'winners', 'evidence_winners',
            'evidence_power', 'null_studies', 'evidence_forking', 'replications', 'evidence_replications',
            'pooled_errors', 'evidence_nulls', 'write_records', 'squared_errors', 'slope_of_log_snr', 'kept_at_random',
            'evidence_speed', 'factorial', 'main_effect', 'evidence_policy']
@@ -278,6 +278,13 @@ def masked(module: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*body, Masked(head.in_features), head)
 
 
+def beside(rng: torch.Generator, like: Tensor) -> torch.Generator:
+    """A generator where a tensor is: itself, or one with its seed."""
+    if like.device == rng.device:
+        return rng
+    return torch.Generator(like.device).manual_seed(rng.initial_seed())
+
+
 class Altered:
     """Minibatches after the arm has had its way with them.
 
@@ -298,12 +305,15 @@ class Altered:
     ):
         self.batches, self.arm = batches, arm
         self.classes, self.width = classes, width
-        self.rng = generator(seed, f"trick {arm.label}")
+        rng = generator(seed, f"trick {arm.label}")
+        self.rng = beside(rng, batches.x)
         self.beta = np.random.default_rng([seed, 1])
 
-    def normal(self, like: Tensor) -> Tensor:
-        """Standard normal numbers of a tensor's shape."""
-        return torch.randn(like.shape, generator=self.rng).to(like)
+    def draw(self, how: Callable, *args) -> Tensor:
+        """Random numbers where the batches are."""
+        return how(
+            *args, generator=self.rng, device=self.batches.device
+        )
 
     def __call__(self, step: int, members: Tensor) -> Batch:
         batch, arm = self.batches(step, members), self.arm
@@ -311,11 +321,11 @@ class Altered:
         S, B = y.shape
         if arm.shift:
             axes = min(x.ndim - 2, 2)
-            moves = torch.randint(-1, 2, (axes, S, B), generator=self.rng)
-            moved = torch.rand(S, B, generator=self.rng) < arm.shift
-            x = shifted(x, (moves * moved).to(x.device))
+            moves = self.draw(torch.randint, -1, 2, (axes, S, B))
+            moved = self.draw(torch.rand, S, B) < arm.shift
+            x = shifted(x, moves * moved)
         if arm.input_noise:
-            x = x + arm.input_noise * self.normal(x)
+            x = x + arm.input_noise * self.draw(torch.randn, x.shape).to(x)
         if arm.mixup:
             weight = self.beta.beta(arm.mixup, arm.mixup, (S, 1))
             weight = torch.from_numpy(np.maximum(weight, 1 - weight)).to(x)
@@ -324,7 +334,7 @@ class Altered:
             weight = weight.view(S, *[1] * (x.ndim - 1))
             x = torch.lerp(x.roll(1, 1), x, weight)
         if arm.dropout:
-            kept = torch.rand(S, B, self.width, generator=self.rng)
+            kept = self.draw(torch.rand, S, B, self.width)
             kept = (kept >= arm.dropout).to(x) / (1 - arm.dropout)
             x = (x, kept)
         batch.x, batch.y = x, y
@@ -344,7 +354,11 @@ class Jolted(SGD):
 
     def gradient(self, p, g, h, compute):
         value = compute()
-        fresh = torch.randn(g.flat.shape, generator=self._rng)
+        if self._rng.device != g.flat.device:
+            object.__setattr__(self, "_rng", beside(self._rng, g.flat))
+        fresh = torch.randn(
+            g.flat.shape, generator=self._rng, device=g.flat.device
+        )
         g.flat.add_(fresh.to(g.flat), alpha=self.noise)
         return value
 
@@ -1045,14 +1059,24 @@ def curves_task(data: Dataset, steps: int = 300) -> Task:
                 steps=(steps // 3, 2 * steps // 3, steps))
 
 
-def cifar_task(data: Dataset, steps: int = 11700) -> Task:
-    """A residual network of 18 layers on CIFAR-10 (`lab.data.cifar10()`)."""
-    def model(activation):
-        return resnet((3, 64, 128, 256, 512), 2, activation=activation)
+def photos_task(data: Dataset, steps: int = 1500) -> Task:
+    """A 192-512-512-10 network on colour patches of 8 x 8 pixels.
 
-    images = replace(data, X=data.images)
-    return Task(images, model, train=45_000, validation=5_000, batch=128,
-                steps=(steps // 3, 2 * steps // 3, steps))
+    Parameters
+    ----------
+    data
+        `lab.data.photo_patches(8, colour=True)`; it is standardised.
+    steps
+        Updates.
+    """
+    def model(activation):
+        return mlp([192, 512, 512, 10], activation)
+
+    X = (data.images - data.X.mean()) / data.X.std()
+    patches = replace(data, X=X, groups=None)
+    return Task(patches, model, train=4000, validation=500, batch=128,
+                rate=0.05, steps=(steps // 3, 2 * steps // 3, steps))
+
 
 # %% ../../nbs/reproducibility/signal_to_noise.ipynb #53a0905a
 TINY, MODERATE, LARGE = 0.2, 0.4, 1.2

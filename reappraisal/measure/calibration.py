@@ -351,7 +351,8 @@ def ece(
     if (scheme, norm, debias) == ("width", "l1", False):
         _checked_bins(n_bins, scheme, closed)
         return _mean_gap(top, right, n_bins, closed == "left")
-    return _error(bin_forecasts(top, right, n_bins, scheme, closed), norm, debias)
+    bins = bin_forecasts(top, right, n_bins, scheme, closed)
+    return _error(bins, norm, debias)
 
 
 _CACHE = 3 * 2**19  # probabilities

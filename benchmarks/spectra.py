@@ -11,6 +11,10 @@ bare contender only takes the singular values, slice by slice, with whichever
 of SciPy and PyTorch is faster here. Repetitions are interleaved and ratios
 are taken within a repetition; their median is reported. Alphas must agree to
 1e-3 in every layer.
+
+WeightWatcher is kept from seeing a GPU: where there is one, it rounds the
+weights to half precision and takes their singular values in single, which
+moves the start of some tails, and with it their alphas, by more than that.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import scipy
@@ -84,7 +89,10 @@ def ours(state):
 
 
 def weightwatcher(state):
-    with contextlib.redirect_stdout(io.StringIO()):
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch("torch.cuda.is_available", lambda: False),
+    ):
         import weightwatcher as ww
     logging.disable(logging.CRITICAL)
     with (
@@ -126,11 +134,14 @@ def main(
             t0 = now()
             alphas[name] = run(state)
             seconds[name].append(now() - t0)
-    worst = max(
-        abs(alphas["weightwatcher"][k] - a) for k, a in alphas["ours"].items()
-    )
     assert set(alphas["weightwatcher"]) == set(alphas["ours"])
-    assert worst < 1e-3, worst
+    differences = {
+        k: abs(alphas["weightwatcher"][k] - a)
+        for k, a in alphas["ours"].items()
+    }
+    # not (some larger), for NaN
+    assert all(d < 1e-3 for d in differences.values()), differences
+    worst = max(differences.values())
     bare = map(min, seconds["bare_scipy"], seconds["bare_torch"])
     rows = list(zip(seconds["ours"], seconds["weightwatcher"], bare, strict=True))
     result = {

@@ -11,6 +11,10 @@ bare contender only takes the singular values, slice by slice, with whichever
 of SciPy and PyTorch is faster here. Repetitions are interleaved and ratios
 are taken within a repetition; their median is reported. Alphas must agree to
 1e-3 in every layer.
+
+WeightWatcher is kept from seeing a GPU: where there is one, it rounds the
+weights to half precision and takes their singular values in single, which
+moves the start of some tails, and with it their alphas, by more than that.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ import platform
 import statistics
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import scipy
@@ -74,13 +80,19 @@ def machine() -> dict:
     }
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 def ours(state):
     report = analyse_weights(state)
     return dict(zip(report.layers, report["alpha"].tolist(), strict=True))
 
 
 def weightwatcher(state):
-    with contextlib.redirect_stdout(io.StringIO()):
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch("torch.cuda.is_available", lambda: False),
+    ):
         import weightwatcher as ww
     logging.disable(logging.CRITICAL)
     with (
@@ -102,7 +114,11 @@ def bare_torch(state):
         torch.linalg.svdvals(slices(w))
 
 
-def main(repeat: int, width: int, out: Path) -> None:
+def main(
+    repeat: int, width: int, threads: int, clock: str, out: Path
+) -> None:
+    torch.set_num_threads(threads)
+    now, started = CLOCKS[clock], machine()
     state = resnet50(width=width)
     contenders = {
         "ours": ours, "weightwatcher": weightwatcher,
@@ -115,14 +131,17 @@ def main(repeat: int, width: int, out: Path) -> None:
     alphas = {}
     for _ in range(repeat):
         for name, run in contenders.items():
-            t0 = time.perf_counter()
+            t0 = now()
             alphas[name] = run(state)
-            seconds[name].append(time.perf_counter() - t0)
-    worst = max(
-        abs(alphas["weightwatcher"][k] - a) for k, a in alphas["ours"].items()
-    )
+            seconds[name].append(now() - t0)
     assert set(alphas["weightwatcher"]) == set(alphas["ours"])
-    assert worst < 1e-3, worst
+    differences = {
+        k: abs(alphas["weightwatcher"][k] - a)
+        for k, a in alphas["ours"].items()
+    }
+    # not (some larger), for NaN
+    assert all(d < 1e-3 for d in differences.values()), differences
+    worst = max(differences.values())
     bare = map(min, seconds["bare_scipy"], seconds["bare_torch"])
     rows = list(zip(seconds["ours"], seconds["weightwatcher"], bare, strict=True))
     result = {
@@ -138,10 +157,13 @@ def main(repeat: int, width: int, out: Path) -> None:
         ),
         "worst_alpha_difference": worst,
         "repetitions": repeat,
-        "machine": machine(),
+        "clock": clock,
+        "machine": started,
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "scipy": scipy.__version__,
+            "weightwatcher": version("weightwatcher"),
+            "powerlaw": version("powerlaw"),
         },
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -153,6 +175,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall",
+        help="cpu, with one thread, is fair on a busy machine too",
+    )
     parser.add_argument(
         "--out", type=Path,
         default=Path(__file__).parent / "results" / "spectra.json",

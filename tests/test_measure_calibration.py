@@ -205,6 +205,51 @@ def test_many_members_in_parts_are_the_same(monkeypatch):
     assert torch.equal(ece(p, y), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("closed", ["left", "right"])
+def test_edges_and_their_neighbours_find_their_bins(dtype, closed):
+    for bins in (*range(1, 61), 97, 100):
+        edges = (torch.arange(bins + 1).double() / bins).to(dtype)
+        away = torch.tensor([-1.0, 2.0], dtype=torch.float64).to(dtype)
+        near = [torch.nextafter(edges, a.expand_as(edges)) for a in away]
+        p = torch.cat([edges, *near])
+        inner = edges[1 : bins + (closed == "left")]
+        want = torch.searchsorted(inner, p, right=closed == "left")
+        found = bin_forecasts(
+            p[:, None], torch.zeros(len(p), 1), bins, closed=closed
+        )
+        assert torch.equal(found.count.argmax(-1), want), bins
+        assert (found.count.sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 40])
+@pytest.mark.parametrize("closed", ["left", "right"])
+def test_ties_are_won_by_the_first_class_for_every_member(classes, closed):
+    g = torch.Generator().manual_seed(classes)
+    grid = torch.randint(0, 3, (5, 300, classes), generator=g).float() + 1
+    probs = grid / grid.sum(-1, keepdim=True)
+    y = torch.randint(classes, (5, 300), generator=g)
+    y[:, ::2] = probs.argmax(-1)[:, ::2]
+    turned = probs.mT.contiguous().mT  # the same in another layout
+    for labels in y, y[0]:
+        right = probs.argmax(-1) == labels
+        bins = bin_forecasts(probs.amax(-1), right, 12, closed=closed)
+        want = (bins.weight * bins.gap.abs()).sum(-1)
+        for p in probs, turned, probs.clone().requires_grad_():
+            found = ece(p, labels, 12, closed=closed).detach()
+            assert torch.allclose(found, want, rtol=0, atol=1e-7)
+        gap = probs.amax(-1).double().mean(-1) - right.double().mean(-1)
+        assert torch.allclose(signed_gap(probs, labels), gap, atol=1e-12)
+
+
+def test_a_sum_of_one_does_not_hide_a_forecast_above_one():
+    p = torch.full((3, 10), -9e-4)
+    p[:, 0] = 1 + 81e-4
+    for norm in "l1", "max":
+        with pytest.raises(ValueError, match=r"p: from 1\.008"):
+            ece(p, torch.zeros(3).long(), norm=norm)
+
+
 def test_confident_by_ten_points():
     p = torch.full((1000, 2), 0.2)
     p[:, 0] = 0.8

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,6 +105,15 @@ def _checked_bins(n_bins: int, scheme: str, closed: str) -> None:
             )
 
 
+def _checked_forecasts(p: Tensor) -> None:
+    low, high = p.amin().item(), p.amax().item()
+    # not (inside) rather than outside, for NaN
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(
+            f"p: from {low:.4g} to {high:.4g}; probabilities are accepted"
+        )
+
+
 def bin_forecasts(
     p: Tensor,
     hit: Tensor,
@@ -145,12 +155,7 @@ def bin_forecasts(
             f"p, hit: shapes {tuple(p.shape)} and {tuple(hit.shape)}; the "
             "same, with one forecast at least, are accepted"
         )
-    # not (inside) rather than outside, for NaN
-    if not (p.min() >= -1e-3 and p.max() <= 1 + 1e-3):
-        raise ValueError(
-            f"p: from {p.min():.4g} to {p.max():.4g}; probabilities are "
-            "accepted"
-        )
+    _checked_forecasts(p)
     if not p.is_floating_point():
         p = p.double()
     *lead, n = p.shape
@@ -169,29 +174,34 @@ def bin_forecasts(
 
 def _by_width(p, hit, n_bins, left):
     """Edges, counts, sums of forecasts, hits of rows [R, N]."""
-    edges = torch.arange(n_bins + 1, device=p.device).double() / n_bins
-    edges = edges.to(p.dtype).double()
-    p, size = p.double(), n_bins + left
+    size = n_bins + left
+    wide = p.double()
+    edges, where = _slots(p, wide, n_bins, left)
     # hits and misses apart: two passes then give all three sums
-    where = _slots(p, edges, n_bins, left).mul_(2).add_(hit)
+    where = where.sub_(1).mul_(2).add_(hit)
     where += 2 * size * torch.arange(len(p), device=p.device)[:, None]
     where, cells = where.flatten(), 2 * size * len(p)
     count = torch.bincount(where, minlength=cells)
-    total = torch.bincount(where, p.flatten(), cells)
+    total = torch.bincount(where, wide.flatten(), cells)
     count, total = (t.view(len(p), size, 2) for t in (count, total))
     if left:
         edges = torch.cat([edges, edges[-1:]])
     return edges, count.sum(-1), total.sum(-1), count[..., 1].double()
 
 
-def _slots(p, edges, n_bins, left):
-    """Bins of p: by multiplication, and by search near the edges."""
-    x = p * n_bins
-    found = x.long() if left else x.ceil().long() - 1
-    near = ((x - x.round()).abs() < 1e-4).nonzero(as_tuple=True)
-    inner = edges[1 : n_bins + left]
-    found[near] = torch.bucketize(p[near], inner, right=left)
-    return found.clamp_(0, n_bins - 1 + left)
+def _slots(p, wide, n_bins, left):
+    """Edges, and the bins of p (and in float64), counted from one."""
+    edges = torch.arange(n_bins + 1, device=p.device).double() / n_bins
+    edges = edges.to(p.dtype)
+    # large enough that rounding never finds the bin below; where it finds
+    # the one above, the edge tells
+    scale = n_bins * (1 + 0.75 * torch.finfo(p.dtype).eps + 2**-51)
+    found = (wide * scale).clamp_(0, n_bins).long()
+    low = edges.clone()
+    low[0], low[-1] = -math.inf, 1 if left else math.inf
+    low = low.index_select(0, found.flatten()).view(p.shape)
+    inside = low.le_(p) if left else low.lt_(p)
+    return edges, found.add_(inside.long())
 
 
 def _by_mass(p, hit, n_bins, left):
@@ -242,17 +252,54 @@ def _error(bins: Bins, norm: str, debias: bool = False) -> Tensor:
     return error.clamp(min=0).sqrt() if norm == "l2" else error
 
 
+def _largest(probs: Tensor) -> Tensor:
+    """The largest of each few classes, [..., N]."""
+    *lead, n, classes = probs.shape
+    if classes > 31 or probs.device.type != "cpu":
+        return probs.amax(-1)
+    # three times as fast, and the argmax takes five times as long
+    rows = probs.reshape(1, -1, n * classes)
+    return torch.nn.functional.max_pool1d(rows, classes).view(*lead, n)
+
+
+def _below(x: Tensor, bound: float) -> Tensor:
+    """Flat indices of what is smaller."""
+    if x.device.type == "cpu":  # five times as fast
+        x = x.detach().numpy()
+        return torch.from_numpy(np.flatnonzero(x < bound))
+    return (x < bound).flatten().nonzero()[:, 0]
+
+
 def _top_label(probs: Any, y: Any) -> tuple[Tensor, Tensor]:
-    """Confidence in the prediction, and whether it is right, [..., N]."""
+    """Confidence in the prediction, and 1 where it is right, [..., N]."""
     probs = as_probs(probs)
-    y = as_labels(y, probs)
-    confidence = probs.amax(-1)  # five times as fast as with the argmax
-    flat = torch.arange(y.numel(), device=y.device).view(y.shape)
-    right = probs.take(flat * probs.shape[-1] + y) == confidence
+    as_labels(y, probs)
+    n, classes = probs.shape[-2:]
+    top = _largest(probs)
+    y = torch.as_tensor(y, device=probs.device).long()
+    at = torch.arange(n, device=y.device) * classes + y
+    rows = probs.reshape(-1, n * classes)
+    own = rows.gather(1, at.view(-1, n).expand(len(rows), n))
+    right = own.view(top.shape).eq_(top)
     # a tie, won by the first class, needs about one half or less
-    rows = (right & (confidence < 0.51)).nonzero(as_tuple=True)
-    right[rows] = probs[rows].argmax(-1) == y[rows]
-    return confidence, right
+    few = _below(top - right, -0.49)
+    some = probs.reshape(-1, classes).index_select(0, few)
+    best = top.flatten().index_select(0, few)
+    if (some == best[:, None]).count_nonzero() > len(few):
+        y = y.expand(top.shape).flatten().index_select(0, few)
+        right.view(-1)[few] = (some.argmax(-1) == y).to(top.dtype)
+    return top, right
+
+
+def _mean_gap(p, hit, n_bins, left):
+    """The error of `_error` in bins of equal width, from one sum each."""
+    _checked_forecasts(p)
+    n = p.shape[-1]
+    wide = p.double()
+    _, where = _slots(p, wide, n_bins, left)
+    gaps = wide.new_zeros(*p.shape[:-1], n_bins + 2)
+    gaps.scatter_add_(-1, where, wide - hit)
+    return gaps.abs().sum(-1) / n
 
 
 def ece(
@@ -300,11 +347,15 @@ def ece(
             parts = probs.split(size)
             options = n_bins, scheme, norm, debias, closed
             return torch.cat([ece(p, y, *options) for p in parts])
-    bins = bin_forecasts(*_top_label(probs, y), n_bins, scheme, closed)
+    top, right = _top_label(probs, y)
+    if (scheme, norm, debias) == ("width", "l1", False):
+        _checked_bins(n_bins, scheme, closed)
+        return _mean_gap(top, right, n_bins, closed == "left")
+    bins = bin_forecasts(top, right, n_bins, scheme, closed)
     return _error(bins, norm, debias)
 
 
-_CACHE = 2**19  # probabilities
+_CACHE = 3 * 2**19  # probabilities
 
 
 def mce(

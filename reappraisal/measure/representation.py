@@ -40,10 +40,13 @@ def _cloud(X: Any, name: str, least: int = 2) -> Tensor:
         )
     if not x.is_floating_point() or x.element_size() < 4:
         x = x.float()
-    if not torch.isfinite(x).all():
+    mean = x.mean(-2, keepdim=True)
+    # whatever is not finite shows in the means, or they overflow
+    if not torch.isfinite(mean).all():
         bad = int((~torch.isfinite(x)).sum())
-        raise ValueError(f"{name}: {bad} of {x.numel()} are not finite")
-    return x - x.mean(-2, keepdim=True)
+        if bad:
+            raise ValueError(f"{name}: {bad} of {x.numel()} are not finite")
+    return x - mean
 
 
 def _clouds(X: Any, Y: Any, least: int = 2) -> tuple[Tensor, Tensor]:
@@ -259,20 +262,26 @@ def _products(Xs: list[Tensor], Ys: list[Tensor], tile: int = 256):
     same, n = Xs is Ys, len(Xs[0])
     wide = [sum(t.shape[1] for t in ts) for ts in (Xs, Ys)]
     squares = sum(t.shape[1] ** 2 for t in (*Xs, *Ys))
-    layers = len(Xs) if same else len(Xs) + len(Ys)
+    pairs = len(Xs) * len(Ys)
     by_features = n * wide[0] * wide[1] / 2 if same else (
-        n * (wide[0] * wide[1] + squares)
+        n * (wide[0] * wide[1] + squares / 2)
     )
-    by_samples = n**2 / 2 * (sum(wide) / (1 + same) + layers**2)
+    # a product of few long rows counts twice, as it is half as fast
+    by_samples = n**2 / 2 * (sum(wide) / (1 + same) + 2 * pairs)
     if by_features > by_samples:
-        kernels = [_Linear(x) for x in (Xs if same else [*Xs, *Ys])]
-        return _parts(_tiled(kernels, n, tile), len(Xs), same)
+        first = [_Linear(x) for x in Xs]
+        second = first if same else [_Linear(y) for y in Ys]
+        return _tiled(first, second, n, tile)
     both = _by_features(Xs, Ys)
     if same:
         return both, both.diagonal(), both.diagonal()
-    return both, *(
-        torch.cat([_by_features([x], [x])[0] for x in ts]) for ts in (Xs, Ys)
-    )
+    return both, *(torch.stack([_own(x) for x in ts]) for ts in (Xs, Ys))
+
+
+def _own(x: Tensor) -> Tensor:
+    """||X^T X||^2, from little more than half of the symmetric product."""
+    parts = x.split(max(64, -(-x.shape[1] // 4)), 1)
+    return _by_features(parts, parts).sum()
 
 
 def _by_features(Xs: list[Tensor], Ys: list[Tensor]) -> Tensor:
@@ -290,11 +299,16 @@ def _by_features(Xs: list[Tensor], Ys: list[Tensor]) -> Tensor:
     return found + found.triu(1).mT if Xs is Ys else found
 
 
-def _tiled(kernels: list, n: int, tile: int = 256) -> Tensor:
-    """Inner products [L, L] of symmetric matrices that exist in tiles."""
-    like = kernels[0].x
+def _tiled(first: list, second: list, n: int, tile: int = 256) -> tuple:
+    """Inner products of symmetric matrices that exist in tiles.
+
+    Of the first with the second [A, B], and of each with itself.
+    """
+    same, like = first is second, first[0].x
+    kernels = first if same else [*first, *second]
     buffer = like.new_empty(len(kernels), min(tile, n) ** 2)
-    found = like.new_zeros(len(kernels), len(kernels), dtype=torch.float64)
+    both = like.new_zeros(len(first), len(second), dtype=torch.float64)
+    own = both.new_zeros(len(kernels))
     for i in range(0, n, tile):
         for j in range(i, n, tile):
             at = slice(i, min(i + tile, n)), slice(j, min(j + tile, n))
@@ -302,16 +316,15 @@ def _tiled(kernels: list, n: int, tile: int = 256) -> Tensor:
             rows = buffer[:, : math.prod(shape)]
             for kernel, row in zip(kernels, rows, strict=True):
                 kernel.tile(*at, out=row.view(shape))
-            found += (1 + (j > i)) * (rows @ rows.mT).double()
-    return found
-
-
-def _parts(table: Tensor, first: int, same: bool) -> tuple:
-    """The cross part of a table [L, L], and both halves of its diagonal."""
-    own = table.diagonal()
+            times = 1 + (j > i)
+            one, two = rows[: len(first)], rows[-len(second) :]
+            both += times * (one @ two.mT).double()
+            if not same:
+                length = torch.linalg.vector_norm(rows, dim=1)
+                own += times * length.double().square()
     if same:
-        return table, own, own
-    return table[:first, first:], own[:first], own[first:]
+        own = both.diagonal()
+    return both, own[: len(first)], own[-len(second) :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,9 +380,11 @@ def _hsic_sums(
     """<K_i, L_j> [A, B], <K_i, K_i> [A] and <L_j, L_j> [B], centred."""
     if kernel != "linear":
         _check_kernel(kernel, bandwidth)
-        clouds = Xs if Xs is Ys else [*Xs, *Ys]
-        kernels = [_RBF(x, bandwidth, debiased) for x in clouds]
-        return _parts(_tiled(kernels, len(Xs[0])), len(Xs), Xs is Ys)
+        first = [_RBF(x, bandwidth, debiased) for x in Xs]
+        second = first if Xs is Ys else [
+            _RBF(y, bandwidth, debiased) for y in Ys
+        ]
+        return _tiled(first, second, len(Xs[0]))
     both, *own = _products(Xs, Ys)
     if not debiased:
         return both, *own

@@ -400,6 +400,231 @@ def test_folding_changes_nothing():
     ).abs().max() < 1e-12
 
 
+class Deep(nn.Module):
+    """What is met in residual networks, in one or two dimensions."""
+
+    def __init__(self, dims=2, affine=True, track=True, rounds=1):
+        super().__init__()
+        conv = nn.Conv1d if dims == 1 else nn.Conv2d
+        norm = nn.BatchNorm1d if dims == 1 else nn.BatchNorm2d
+        options = {"affine": affine, "track_running_stats": track}
+        self.first = conv(2, 4, 3, 2, 1, bias=False)
+        self.norm1 = norm(4, **options)
+        self.body = nn.Sequential(
+            conv(4, 4, 3, padding="same", groups=2), norm(4, **options),
+            nn.ReLU(inplace=True), conv(4, 4, 3, 1, 2, 2, bias=False),
+            norm(4, **options),
+        )
+        self.short = nn.Sequential(
+            conv(4, 4, 1, groups=2), norm(4, **options)
+        )
+        self.early = norm(4, **options)
+        self.head = nn.Linear(4, 3)
+        self.rounds = rounds
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.first(x)))
+        for _ in range(self.rounds):
+            x = torch.relu(self.body(x) + self.short(x))
+        return self.head(F.relu(self.early(x)).flatten(2).mean(-1))
+
+
+class Glued(Deep):
+    """Reads images in the order of memory, and branches."""
+
+    def forward(self, x):
+        x = self.norm1(self.first(x))
+        x = x.view(len(x), -1) if len(x) else x
+        return self.head(x[:, :4])
+
+
+def deep(kind=Deep, freeze=(), **options):
+    net = models.reset(kind(**options), 1)
+    g = torch.Generator().manual_seed(1)
+    for name, p in net.named_parameters():
+        if p.ndim == 1:
+            p.data += torch.rand(p.shape, generator=g)
+        p.requires_grad_(name not in freeze)
+    shape = (2, 9, 7) if isinstance(net.first, nn.Conv2d) else (2, 9)
+    net(torch.randn(16, *shape, generator=g) * 2 + 1)
+    return net, batch(2, shape, 3, 10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dims": 1},
+        {"affine": False},
+        {"track": False},
+        {"dims": 1, "affine": False, "track": False},
+        {"rounds": 2},
+        {"freeze": ("first.weight", "norm1.bias", "body.3.weight")},
+        {"kind": Glued},
+    ],
+    ids=str,
+)
+def test_kept_graphs_give_the_same_products(options):
+    net, data = deep(**options)
+    reference = exact(net, *data)
+    v = torch.randn(3, len(reference), generator=torch.manual_seed(3))
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        A = mc.hessian(net, data, dtype=dtype)
+        plain = A.product.otherwise(v[:1, None].to(dtype))[0, 0]
+        first, again = A @ v[0], A @ v[0]
+        assert len(A.product.kept) == 1 and torch.equal(first, again)
+        size = plain.abs().max()
+        assert (first - plain).abs().max() <= tolerance * size
+        want = (reference @ v[0].double()).to(dtype)
+        assert (first - want).abs().max() <= tolerance * size
+        taking_turns = A.product.products(v[None].to(dtype))[0]
+        assert (taking_turns - A @ v).abs().max() <= tolerance * size
+
+
+def test_products_of_some_layers():
+    net, data = deep()
+    for only in ("first", "norm1", "body.3", "short.0.bias", "head"):
+        A = mc.hessian(net, data, only=only, **DOUBLE)
+        v = torch.randn(A.size, generator=torch.manual_seed(0)).double()
+        plain = A.product.otherwise(v[None, None])[0, 0]
+        torch.testing.assert_close(A @ v, plain, rtol=1e-10, atol=1e-12)
+        assert A.product.kept
+
+
+class Tied(nn.Module):
+    """Two layers with the same weights, each with its batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(2, 2, 3, bias=False) for _ in range(2))
+        self.b.weight = self.a.weight
+        self.norm_a, self.norm_b = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        x = torch.relu(self.norm_a(self.a(x)))
+        return self.norm_b(self.b(x)).mean((2, 3))
+
+
+def test_shared_and_derived_weights_are_not_folded():
+    net, data = models.reset(Tied(), 0), batch(0, (2, 7, 7), 2, 9)
+    derived = models.reset(Tied(), 0)
+    derived.b.weight = nn.Parameter(derived.b.weight.data.clone())
+    nn.utils.parametrize.register_parametrization(
+        derived.a, "weight", nn.Tanh()
+    )
+    for module, count in ((net, 0), (derived, 1)):
+        assert mc.folded(module)[1] == count
+        reference = exact(module, *data)
+        A = mc.hessian(module, data, **DOUBLE)
+        assert (A.dense() - reference).abs().max() < 1e-12
+        v = torch.arange(A.size).double()
+        torch.testing.assert_close(A @ v, reference @ v)
+
+
+def test_graphs_are_drawn_anew_where_they_must_be(monkeypatch):
+    net, (x, y) = deep()
+    reference = exact(net, x, y)
+    v = torch.randn(len(reference), generator=torch.manual_seed(0)).double()
+    objective = mc.Objective(net, (x, y), **DOUBLE)
+    load = objective.load
+    monkeypatch.setattr(mc, "_BUDGET", 2 * load)
+    # room for two of five pieces
+    monkeypatch.setattr(mc, "_KEPT", 4 * 8 * mc._SHARE * load)
+    A = mc.hessian(objective)
+    for _ in range(2):
+        torch.testing.assert_close(A @ v, reference @ v)
+        assert len(A.product.kept) == 2
+    shuffled = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), 2, shuffle=True
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        B = mc.hessian(net, shuffled, **DOUBLE)
+        for _ in range(3):
+            torch.testing.assert_close(B @ v, reference @ v)
+        assert not B.product.kept
+    # other parameters, in place of the old and in the same place
+    other = mc.Objective(net, (x, y), **DOUBLE)
+    for change in range(2):
+        if change:
+            objective.theta *= 1.1
+        else:
+            objective.theta = objective.theta * 1.1
+        other.theta = objective.theta.clone()
+        torch.testing.assert_close(
+            A @ v, mc.hessian(other) @ v, rtol=1e-9, atol=1e-9
+        )
+    x *= 1.5
+    C = mc.hessian(net, (x, y), **DOUBLE)
+    objective = mc.Objective(net, (x, y))
+    D = mc.hessian(objective)
+    D @ v
+    x[:5], x[5:] = x[5:].clone(), x[:5].clone()
+    y[:5], y[5:] = y[5:].clone(), y[:5].clone()
+    torch.testing.assert_close(
+        (D @ v).double(), C @ v, rtol=1e-3, atol=1e-4
+    )
+
+
+class Once(torch.autograd.Function):
+    """A square without a second derivative in reverse."""
+
+    @staticmethod
+    def forward(x):
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return OnceBack.apply(g, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 2 * ctx.saved_tensors[0] * t
+
+
+class OnceBack(torch.autograd.Function):
+    @staticmethod
+    def forward(g, x):
+        return 2 * g * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, v):
+        raise RuntimeError("not implemented")
+
+    @staticmethod
+    def jvp(ctx, dg, dx):
+        g, x = ctx.saved_tensors
+        return 2 * (dg * x + g * dx)
+
+
+def test_the_other_order_where_there_is_no_graph():
+    class Squared(nn.Linear):
+        def forward(self, x):
+            return Once.apply(super().forward(x))
+
+    net, data = models.reset(Squared(4, 3), 0), batch(0, (4,), 3, 9)
+
+    class Same(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).square()
+
+    same = Same(4, 3)
+    same.load_state_dict(net.state_dict())
+    A = mc.hessian(net, data, **DOUBLE)
+    v = torch.arange(A.size).double()
+    torch.testing.assert_close(A @ v, mc.hessian(same, data, **DOUBLE) @ v)
+    assert A.product.objective.twice is None
+
+
 def test_batch_statistics_are_kept_together(monkeypatch):
     net, data = conv(track=False), batch(0, (1, 8, 8), 3, 10)
     monkeypatch.setattr(mc, "_BUDGET", 200)

@@ -8,16 +8,19 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from ..lab.ensemble import LOSSES, Ensemble, cross_entropy
 from ..lab.models import generator
@@ -37,6 +40,11 @@ Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 def _pairs(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Convolutions and the batch norms that alone read their outputs."""
     calls = [n.target for n in traced.graph.nodes if n.op == "call_module"]
+    held = Counter(
+        id(t)
+        for of in (traced.named_parameters, traced.named_buffers)
+        for _, t in of(remove_duplicate=False)
+    )
     for node in traced.graph.nodes:
         if node.op != "call_module" or not node.all_input_nodes:
             continue
@@ -49,8 +57,18 @@ def _pairs(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
             and isinstance(traced.get_submodule(conv.target), _CONVS)
             and len(conv.users) == 1
             and calls.count(node.target) == calls.count(conv.target) == 1
+            and _alone(traced.get_submodule(conv.target), held)
+            and _alone(norm, held)
         ):
             yield conv, node
+
+
+def _alone(layer: nn.Module, held: Counter) -> bool:
+    """Whether its tensors are its own, and under their usual names."""
+    own = [layer.weight, layer.bias]
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        own += [layer.running_mean, layer.running_var]
+    return all(t is None or held[id(t)] == 1 for t in own)
 
 
 def folded(module: nn.Module) -> tuple[Forward, int]:
@@ -109,6 +127,148 @@ def folded(module: nn.Module) -> tuple[Forward, int]:
         return functional_call(traced, t, (x,))
 
     return (fast, len(found)) if found else (forward, 0)
+
+# %% ../../nbs/measure/curvature.ipynb #964b157a
+_backward = torch.ops.aten.convolution_backward
+_masked = torch.ops.aten.threshold_backward
+
+
+class _Conv(torch.autograd.Function):
+    """A convolution whose backward pass is `_ConvBack`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, layout, how):
+        ctx.save_for_backward(x, weight)
+        ctx.layout, ctx.how = layout, how
+        return torch.convolution(x, weight, bias, *how)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        g = g.contiguous(memory_format=ctx.layout)
+        slopes = _ConvBack.apply(
+            g, x, weight, ctx.layout, ctx.how, (*wanted[:2], False)
+        )
+        rest = [0, *range(2, g.ndim)]
+        return *slopes, g.sum(rest) if wanted[2] else None, None, None
+
+
+class _ConvBack(torch.autograd.Function):
+    """A backward pass whose own is made of convolutions like it."""
+
+    @staticmethod
+    def forward(ctx, g, x, weight, layout, how, wanted):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, x, weight)
+        ctx.layout, ctx.how = layout, how
+        return _backward(g, x, weight, None, *how, wanted)[:2]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, a, b):
+        g, x, weight = ctx.saved_tensors
+        out = None
+        if b is not None:
+            b = b.contiguous(memory_format=ctx.layout)
+            out = torch.convolution(x, b, None, *ctx.how)
+        if a is not None:
+            a = a.contiguous(memory_format=ctx.layout)
+            other = torch.convolution(a, weight, None, *ctx.how)
+            out = other if out is None else out.add_(other)
+        wanted = [
+            w and t is not None
+            for w, t in zip(ctx.needs_input_grad[1:3], (b, a), strict=True)
+        ]
+        slopes = None, None
+        if any(wanted):
+            slopes = _backward(
+                g, x if a is None else a, weight if b is None else b, None,
+                *ctx.how, (*wanted, False),
+            )[:2]
+        return out, *slopes, None, None, None
+
+
+class _Relu(torch.autograd.Function):
+    """ReLU, the second derivative of whose mask is nothing, not zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.relu()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Mask.apply(g, *ctx.saved_tensors)
+
+
+class _Mask(torch.autograd.Function):
+    """g where y is positive."""
+
+    @staticmethod
+    def forward(ctx, g, y):
+        ctx.save_for_backward(y)
+        return _masked(g, y, 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, v):
+        return _masked(v, *ctx.saved_tensors, 0), None
+
+
+class _Twice(TorchFunctionMode):
+    """Within, layers are made to be differentiated twice."""
+
+    def __init__(self, layout: torch.memory_format):
+        super().__init__()
+        self.layout = layout
+        self.known = {
+            torch.conv1d: self.conv, torch.conv2d: self.conv,
+            torch.conv3d: self.conv, torch.relu: self.relu,
+            F.relu: self.relu, F.batch_norm: self.norm,
+        }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = NotImplemented
+        if func in self.known:
+            out = self.known[func](*args, **kwargs)
+        return func(*args, **kwargs) if out is NotImplemented else out
+
+    def conv(
+        self, input, weight, bias=None, stride=1, padding=0, dilation=1,
+        groups=1,
+    ):
+        n = weight.ndim - 2
+        if input.ndim != n + 2 or isinstance(padding, str):
+            return NotImplemented
+        stride, padding, dilation = (
+            [v] * n if isinstance(v, int) else list(v) * (n // len(v))
+            for v in (stride, padding, dilation)
+        )
+        layout = self.layout if n == 2 else torch.contiguous_format
+        input, weight = (
+            t.contiguous(memory_format=layout) for t in (input, weight)
+        )
+        how = stride, padding, dilation, False, [0] * n, groups
+        return _Conv.apply(input, weight, bias, layout, how)
+
+    def relu(self, input, inplace=False):
+        return NotImplemented if inplace else _Relu.apply(input)
+
+    def norm(
+        self, input, running_mean, running_var, weight=None, bias=None,
+        training=False, momentum=0.1, eps=1e-5,
+    ):
+        if training or running_mean is None:
+            return NotImplemented
+        size = (running_var + eps).rsqrt()
+        size = size if weight is None else size * weight
+        shift = -running_mean * size
+        shift = shift if bias is None else shift + bias
+        wide = (-1, *[1] * (input.ndim - 2))
+        return torch.addcmul(shift.view(wide), input, size.view(wide))
 
 # %% ../../nbs/measure/curvature.ipynb #6e4799f3
 # numbers held at a time for each layer's output, samples x vectors
@@ -262,6 +422,7 @@ class Objective:
         self.template = module
         self.forward, self.fused = folded(module)
         self._mark: tuple[int, float] | None = None
+        self.twice: torch.memory_format | None = None
         self._probe()
 
     def __repr__(self) -> str:
@@ -272,7 +433,7 @@ class Objective:
     def _probe(self) -> None:
         """Look at one sample: what it takes, what comes out."""
         x, y = next(iter(self.batches))
-        x = self._placed(x)[:1]
+        self.rows, x = len(x), self._placed(x)[:1]
         if y is None:
             raise ValueError("data: has no targets; pairs (x, y) are needed")
         heard = [x.numel()]
@@ -304,8 +465,26 @@ class Objective:
                 self.forward = lambda tensors, x: functional_call(
                     plain, tensors, (x,)
                 )
+            if self.members is None:
+                self.twice = self._layout(own, x, out)
         self.output = out.shape[1:]
         self.load = max(sum(heard), out.numel())
+
+    def _layout(self, own, x, out) -> torch.memory_format | None:
+        """How images should lie within `_Twice`; None if it does not do."""
+        layouts = [torch.contiguous_format]
+        small = self.device.type == "cpu" and self.dtype == torch.float32
+        if small and self.fused:  # other norms are slow that way
+            layouts.insert(0, torch.channels_last)
+        for layout in layouts:
+            try:
+                with _Twice(layout):
+                    same = self.forward(own, x)
+            except RuntimeError:  # a `view` of images that lie otherwise
+                continue
+            if torch.allclose(same, out, rtol=1e-3, atol=1e-4):
+                return layout
+        return None
 
     def _placed(self, t: Tensor) -> Tensor:
         """Where the parameters are, and in their precision if real."""
@@ -616,7 +795,83 @@ def _streamed(objective: Objective, one: Callable, label: str) -> Operator:
         label,
     )
 
+# %% ../../nbs/measure/curvature.ipynb #f3bc10fa
+# bytes of the graphs that are kept, by a rough count: so many numbers for
+# each that a layer puts out
+_KEPT, _SHARE = 2**31, 2
+# numbers of a piece from which on the vectors take turns
+_LARGE = 2**20
 
+
+class _Kept:
+    """Products with the Hessian of one module, of graphs that are kept.
+
+    Parameters
+    ----------
+    objective : Objective
+    otherwise : Callable
+        Products where this way is not the right one.
+    """
+
+    def __init__(self, objective: Objective, otherwise: Callable):
+        self.objective, self.otherwise = objective, otherwise
+        self.at: tuple[Tensor, int] | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        own = self.objective
+        piece = min(own.rows, own.pieces(1)[0]) * own.load
+        if own.twice is None or (v.shape[1] > 1 and piece < _LARGE):
+            return self.otherwise(v)
+        try:
+            with _differentiable(own.template):
+                return self.products(v)
+        except RuntimeError:  # an operation without second derivatives
+            own.twice = self.at = self.kept = None
+            return self.otherwise(v)
+
+    def products(self, v: Tensor) -> Tensor:
+        own = self.objective
+        at = own.theta, own.theta._version
+        if self.at is None or self.at[0] is not at[0] or self.at[1] != at[1]:
+            self.at, self.theta = at, own.theta[0].detach().requires_grad_()
+            sample = _SHARE * own.load * own.theta.element_size()
+            self.kept, self.room = [], _KEPT // sample
+        out, count = torch.zeros_like(v), 0
+        for i, (x, y) in enumerate(own.samples(own.pieces(1)[0])):
+            slope = self.slope(i, x, y)
+            for row, u in zip(out[0], v[0], strict=True):
+                row += torch.autograd.grad(
+                    slope, self.theta, u, retain_graph=True
+                )[0]
+            count += len(x)
+        return out / count
+
+    def slope(self, i: int, x: Tensor, y: Tensor) -> Tensor:
+        """The gradient [P] of piece i, summed over its samples."""
+        if i < len(self.kept):
+            held = self.kept[i]
+            if all(
+                t._version == version and torch.equal(t, before)
+                for t, (before, version) in zip((x, y), held, strict=False)
+            ):
+                return held[-1]
+            self.kept, self.room = [], 0  # no piece comes twice
+        own, rest = self.objective, {}
+        for name, t in self.objective.rest.items():
+            rest[name] = t[0]
+        with torch.enable_grad():
+            with _Twice(own.twice):
+                out = own.outputs(self.theta, rest, x)
+            total = own.criterion(out, y).sum()
+            slope = torch.autograd.grad(
+                total, self.theta, create_graph=True
+            )[0]
+        if i == len(self.kept) and len(x) <= self.room:
+            self.room -= len(x)
+            self.kept.append(((x, x._version), (y, y._version), slope))
+        return slope
+
+# %% ../../nbs/measure/curvature.ipynb #a98727d3
 def hessian(
     model: nn.Module | Ensemble | Objective,
     data: Any = None,
@@ -644,7 +899,10 @@ def hessian(
     def one(theta, rest, x, y, v):
         return _bent(lambda t: objective.total(t, rest, x, y), theta, v)
 
-    return _streamed(objective, one, "Hessian")
+    found = _streamed(objective, one, "Hessian")
+    if objective.members is None:
+        return replace(found, product=_Kept(objective, found.product))
+    return found
 
 
 def _bent(function: Callable, theta: Tensor, v: Tensor) -> Tensor:

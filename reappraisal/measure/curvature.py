@@ -849,16 +849,14 @@ class _Kept:
     def slope(self, i: int, x: Tensor, y: Tensor) -> Tensor:
         """The gradient [P] of piece i, summed over its samples."""
         if i < len(self.kept):
-            held = self.kept[i]
-            if all(
-                t._version == version and torch.equal(t, before)
-                for t, (before, version) in zip((x, y), held, strict=False)
+            held, versions, slope = self.kept[i]
+            if versions == (x._version, y._version) and all(
+                map(torch.equal, held, (x, y))
             ):
-                return held[-1]
-            self.kept, self.room = [], 0  # no piece comes twice
-        own, rest = self.objective, {}
-        for name, t in self.objective.rest.items():
-            rest[name] = t[0]
+                return slope
+            self.kept, self.room = [], 0  # another order in every pass
+        own = self.objective
+        rest = {k: t[0] for k, t in own.rest.items()}
         with torch.enable_grad():
             with _Twice(own.twice):
                 out = own.outputs(self.theta, rest, x)
@@ -868,7 +866,7 @@ class _Kept:
             )[0]
         if i == len(self.kept) and len(x) <= self.room:
             self.room -= len(x)
-            self.kept.append(((x, x._version), (y, y._version), slope))
+            self.kept.append(((x, y), (x._version, y._version), slope))
         return slope
 
 # %% ../../nbs/measure/curvature.ipynb #a98727d3

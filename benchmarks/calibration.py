@@ -8,7 +8,8 @@ probabilities and labels, checks of the input included; torchmetrics one
 member after the other, as it has no member dimension, by its function and by
 its metric object. That all find the same numbers is checked. Repetitions are
 interleaved, and each is of a few calls in a row; ratios are taken within a
-repetition, and their median is reported, for one thread and for two.
+repetition, and their median is reported, for one thread and for two. By the
+CPU clock, two threads need OMP_WAIT_POLICY=passive, or waiting counts as work.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -174,11 +174,9 @@ def bin_forecasts(
 
 def _by_width(p, hit, n_bins, left):
     """Edges, counts, sums of forecasts, hits of rows [R, N]."""
-    size = n_bins + left
-    wide = p.double()
-    edges, where = _slots(p, wide, n_bins, left)
+    edges, size, wide = _edges(p, n_bins), n_bins + left, p.double()
     # hits and misses apart: two passes then give all three sums
-    where = where.sub_(1).mul_(2).add_(hit)
+    where = _slots(p, wide, n_bins, left).mul_(2).add_(hit)
     where += 2 * size * torch.arange(len(p), device=p.device)[:, None]
     where, cells = where.flatten(), 2 * size * len(p)
     count = torch.bincount(where, minlength=cells)
@@ -189,19 +187,47 @@ def _by_width(p, hit, n_bins, left):
     return edges, count.sum(-1), total.sum(-1), count[..., 1].double()
 
 
-def _slots(p, wide, n_bins, left):
-    """Edges, and the bins of p (and in float64), counted from one."""
+def _edges(p, n_bins):
+    """Of bins of equal width, in the precision of p."""
     edges = torch.arange(n_bins + 1, device=p.device).double() / n_bins
-    edges = edges.to(p.dtype)
+    return edges.to(p.dtype)
+
+
+def _slots(p, wide, n_bins, left):
+    """Bins of p (and in float64)."""
+    if scale := _scale(n_bins, p.dtype, left):
+        return (wide * scale).clamp_(0, n_bins - 1 + left).long()
     # large enough that rounding never finds the bin below; where it finds
     # the one above, the edge tells
     scale = n_bins * (1 + 0.75 * torch.finfo(p.dtype).eps + 2**-51)
     found = (wide * scale).clamp_(0, n_bins).long()
-    low = edges.clone()
+    low = _edges(p, n_bins)
     low[0], low[-1] = -math.inf, 1 if left else math.inf
     low = low.index_select(0, found.flatten()).view(p.shape)
     inside = low.le_(p) if left else low.lt_(p)
-    return edges, found.add_(inside.long())
+    return found.sub_(1).add_(inside.long())
+
+
+@lru_cache
+def _scale(n_bins: int, dtype: torch.dtype, left: bool) -> float | None:
+    """A factor that takes every p into its bin, if one is found.
+
+    Products keep the order of the p, so that all of them fall right if the
+    inner edges and the numbers next to them do.
+    """
+    k = torch.arange(1, n_bins + left)
+    edges = _edges(torch.ones((), dtype=dtype), n_bins)[k]
+    to = edges.new_tensor(-1.0 if left else 2.0)
+    next_to = torch.nextafter(edges, to)
+    inside, outside = (edges, next_to) if left else (next_to, edges)
+    for eighth in range(-8, 9):
+        scale = n_bins * (1 + eighth / 8 * torch.finfo(dtype).eps)
+        least, most = (
+            (t.double() * scale).long() for t in (inside, outside)
+        )
+        if (least >= k).all() and (most < k).all():
+            return scale
+    return None
 
 
 def _by_mass(p, hit, n_bins, left):
@@ -296,8 +322,8 @@ def _mean_gap(p, hit, n_bins, left):
     _checked_forecasts(p)
     n = p.shape[-1]
     wide = p.double()
-    _, where = _slots(p, wide, n_bins, left)
-    gaps = wide.new_zeros(*p.shape[:-1], n_bins + 2)
+    where = _slots(p, wide, n_bins, left)
+    gaps = wide.new_zeros(*p.shape[:-1], n_bins + left)
     gaps.scatter_add_(-1, where, wide - hit)
     return gaps.abs().sum(-1) / n
 

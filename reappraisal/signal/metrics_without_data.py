@@ -24,6 +24,7 @@ from reappraisal.intervene.reset import (
 from ..intervene.symmetry import rescale_neurons, same_function
 from ..lab.ensemble import Ensemble
 from ..lab.models import initialise
+from ..measure.functional import kendall_tau
 from reappraisal.measure.spectra import (
     analyse_weights,
     bidiagonal_spectrum,
@@ -336,12 +337,8 @@ def taus(x: Any, y: Any) -> np.ndarray:
     -------
     array [...]
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    i, j = np.triu_indices(x.shape[-1], 1)
-    u, v = np.sign(x[..., i] - x[..., j]), np.sign(y[..., i] - y[..., j])
-    bottom = np.sqrt((u * u).sum(-1) * (v * v).sum(-1))
-    top = (u * v).sum(-1)
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
+    x, y = (torch.as_tensor(np.array(v, dtype=float)) for v in (x, y))
+    return kendall_tau(x, y).numpy()
 
 # %% ../../nbs/signal/metrics_without_data.ipynb #fcf06f07
 def pooled(r: Resets, metric: int, layer: int) -> tuple[Any, Any]:

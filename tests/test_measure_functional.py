@@ -15,7 +15,6 @@ from torch import nn
 from reappraisal.lab.ensemble import Ensemble
 from reappraisal.lab.models import mlp
 from reappraisal.measure.functional import (
-    kendall_tau,
     DISTANCES,
     activation_distance,
     agreement_gain,
@@ -25,6 +24,7 @@ from reappraisal.measure.functional import (
     disagreement,
     error_consistency,
     js_divergence,
+    kendall_tau,
     logit_cosine_distance,
     rank_correlation,
     rank_disagreement,

@@ -146,6 +146,14 @@ def test_gaussian_spectra_without_the_matrix():
     assert uniform.sum(1).mean() == pytest.approx(4.0, rel=0.05)
 
 
+@pytest.mark.parametrize("law", ["uniform", "gaussian"])
+def test_fresh_layers_in_parts(law):
+    whole = fresh_spectra(7, 20, law, 3)
+    rest = fresh_spectra(4, 20, law, 3, first=3)
+    assert torch.equal(whole[3:], rest)
+    assert not torch.equal(whole[:4], rest)
+
+
 def test_alpha_of_fresh_layers_as_the_powerlaw_package_has_it():
     powerlaw = pytest.importorskip("powerlaw")
     for x in fresh_spectra(20, 64, "uniform", 3).numpy():

@@ -11,6 +11,7 @@ from scipy import stats
 from reappraisal.dynamics import ranks_right_probabilities_wrong as r
 from reappraisal.lab import models
 from reappraisal.lab.ensemble import Adam, train, untrained, vmapped
+from reappraisal.measure.functional import kendall_tau
 from reappraisal.protocol.claims import Claim
 
 SEEDS = range(1000, 1032)
@@ -34,16 +35,6 @@ def test_counts_follow_the_distribution():
         counts[0, 0].numpy(), 100_000 * p[0, 0].numpy()
     ).pvalue > 1e-4
     assert not torch.equal(counts, r.draw_counts(p, 100_000, [0], "b"))
-
-
-def test_rank_agreement_is_kendalls_tau():
-    g = torch.Generator().manual_seed(1)
-    a, b = torch.randn(2, 20, 7, generator=g)
-    pairs = zip(a, b, strict=True)
-    want = [stats.kendalltau(u, v).statistic for u, v in pairs]
-    assert np.allclose(r.rank_agreement(a, b), want, atol=1e-6)
-    assert r.rank_agreement(a, 3 * a + 1).min() == 1
-    assert r.rank_agreement(a, torch.zeros(7)).abs().max() == 0
 
 
 def test_kl_by_scipy():
@@ -256,7 +247,7 @@ def test_training_on_noise_orders_nothing():
             models.mlp([19, 32, 12], seed=0), (x, y.float()), steps=150,
             optimiser=Adam(lr=0.005), seeds=seeds, per_member=["y"],
         )
-        found[name] = float(r.rank_agreement(net.predict(x), p).mean())
+        found[name] = float(kendall_tau(net.predict(x), p).mean())
     assert found["real"] > 0.4 > 0.1 > abs(found["noise"])
 
 

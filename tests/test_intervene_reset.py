@@ -232,6 +232,22 @@ def test_singular_values_stay(shape):
     assert torch.equal(net.bias, out.bias)
 
 
+def test_known_factors_turn_alike(pair):
+    nets = pair[0]
+    name = next(k for k, v in nets.params.items() if v.ndim == 3)
+    layer = name.removesuffix(".weight")
+    known = torch.linalg.svd(nets.params[name].double(), full_matrices=False)
+    for part in ((0.0, 1.0), (0.5, 1.0)):
+        ours = haar_singular_vectors(nets, layer, 3, part, {name: known})
+        alone = haar_singular_vectors(nets, layer, 3, part)
+        assert torch.equal(ours.params[name], alone.params[name])
+    other = haar_singular_vectors(
+        nets, layer, 3, factors={name: (known[0], 2 * known[1], known[2])}
+    )
+    full = haar_singular_vectors(nets, layer, 3)
+    torch.testing.assert_close(other.params[name], 2 * full.params[name])
+
+
 def test_parts_of_the_spectrum():
     net = nn.Linear(8, 8, bias=False).double()
     W = net.weight.detach()

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from reappraisal.measure.functional import (
     disagreement,
     error_consistency,
     js_divergence,
+    kendall_tau,
     logit_cosine_distance,
     rank_correlation,
     rank_disagreement,
@@ -94,6 +96,18 @@ def test_scipy_and_sklearn_agree_on_200_cases():
         assert kappa.isnan() == np.isnan(theirs)
         if not np.isnan(theirs):
             assert abs(kappa - theirs) < 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(-3, 3)] * 2), min_size=2, max_size=9))
+def test_tau_with_ties_by_scipy(pairs):
+    x, y = np.array(pairs, dtype=float).T
+    want = 0.0
+    if np.ptp(x) and np.ptp(y):
+        want = scipy.stats.kendalltau(x, y).statistic
+    both = torch.tensor(np.array([x, -x])), torch.tensor(y)
+    found = kendall_tau(*both)
+    assert found.tolist() == pytest.approx([want, -want])
 
 
 def test_brute_force_agrees_on_200_cases():

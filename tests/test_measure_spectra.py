@@ -380,6 +380,36 @@ def test_models_state_dicts_and_ensembles_agree(build):
     assert f"{len(stacked.layers)} layers" in repr(stacked)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (40, 33), (64, 64)])
+def test_many_matrices_together_by_lapack(shape):
+    g = torch.Generator().manual_seed(sum(shape))
+    w = torch.randn(5, *shape, generator=g, dtype=torch.float64)
+    w[1] = 0.0
+    w[2, :, : shape[1] // 2] = 0.0
+    w[3] = torch.eye(*shape)
+    w[4] *= 1e-12
+    before = w.clone()
+    main, beside = sp._bidiagonal(w)
+    found = sp._singular_values(main, beside)
+    want = torch.linalg.svdvals(w).flip(-1)
+    assert torch.equal(w, before)
+    assert (found.diff(dim=-1) >= 0).all()
+    assert ((found - want).abs() <= 2e-14 * want[:, -1:]).all()
+    squares = sp.bidiagonal_spectrum(main, beside)
+    close = (squares - want.square()).abs()
+    assert (close <= 2e-14 * want[:, -1:].square()).all()
+
+
+def test_wide_batches_are_cut_otherwise():
+    g = torch.Generator().manual_seed(0)
+    main = torch.rand(34_000, 4, generator=g, dtype=torch.float64)
+    beside = torch.rand(34_000, 3, generator=g, dtype=torch.float64)
+    assert main.numel() > 2**17
+    many = sp._singular_values(main, beside)[:9]
+    few = sp._singular_values(main[:9], beside[:9])
+    torch.testing.assert_close(many, few, rtol=0, atol=1e-15)
+
+
 def test_batched_layers_equal_single_ones():
     for shape in [(12, 20), (16, 9, 3, 3), (10, 12, 5)]:
         w = normal(4, *shape)

@@ -30,6 +30,7 @@ from reappraisal.signal.metrics_without_data import (
     evidence_ranking,
     evidence_untrained,
     evidence_vectors,
+    factors,
     find_pairs,
     first_members,
     fresh_spectra,
@@ -40,6 +41,7 @@ from reappraisal.signal.metrics_without_data import (
     passes,
     pooled,
     rebuilt,
+    regraded,
     resets,
     residual,
     rho_table,
@@ -142,6 +144,14 @@ def test_gaussian_spectra_without_the_matrix():
     uniform = fresh_spectra(150, 12, "uniform", 0)
     assert uniform.shape == (150, 12)
     assert uniform.sum(1).mean() == pytest.approx(4.0, rel=0.05)
+
+
+@pytest.mark.parametrize("law", ["uniform", "gaussian"])
+def test_fresh_layers_in_parts(law):
+    whole = fresh_spectra(7, 20, law, 3)
+    rest = fresh_spectra(4, 20, law, 3, first=3)
+    assert torch.equal(whole[3:], rest)
+    assert not torch.equal(whole[:4], rest)
 
 
 def test_alpha_of_fresh_layers_as_the_powerlaw_package_has_it():
@@ -359,15 +369,23 @@ def test_laundry_and_its_identity(nets, digits):
 
 def test_rebuilt_is_the_same(nets):
     layer = weight_layers(nets)[0]
-    twin = rebuilt(double(nets), layer)
-    for s in range(3):
-        one = rebuilt(double(nets).member(s), layer)
-        torch.testing.assert_close(
-            one.get_parameter(f"{layer}.weight").data,
-            twin.params[f"{layer}.weight"][s],
-        )
-    name = f"{layer}.weight"
-    torch.testing.assert_close(twin.params[name].float(), nets.params[name])
+    wide, name = double(nets), f"{layer}.weight"
+    known = factors(wide, [layer])
+    twin = rebuilt(wide, layer, known)
+    torch.testing.assert_close(twin.params[name], wide.params[name])
+    U, s, Vh = known[name]
+    doubled = {name: (U, 2 * s, Vh)}
+    torch.testing.assert_close(
+        rebuilt(wide, layer, doubled).params[name], 2 * wide.params[name]
+    )
+
+
+def test_one_layer_graded_again(nets):
+    layers, which = weight_layers(nets), [2, 0, 1]
+    start, names = nets.at(0), tuple(NINE)
+    found = regraded(grades(nets, layers, names), start, layers, which)
+    twin = swap(nets, start, layers, which)
+    assert torch.equal(found, grades(twin, layers, names))
 
 
 def test_residual_stack():
@@ -397,5 +415,10 @@ def test_bad_input(nets, call, message):
 def test_nothing_is_changed(nets):
     before = {k: v.clone() for k, v in nets.params.items()}
     swap(nets, nets.at(0), weight_layers(nets), [0, 1, 2])
-    rebuilt(nets, weight_layers(nets)[0])
+    layers = weight_layers(nets)
+    rebuilt(nets, layers[0], factors(nets, layers[:1]))
+    scores = grades(nets, layers, tuple(NINE))
+    same = scores.clone()
+    regraded(scores, nets.at(0), layers, [0, 1, 2])
+    assert torch.equal(scores, same)
     assert all(torch.equal(v, nets.params[k]) for k, v in before.items())

@@ -21,9 +21,9 @@ from ..lab.models import generator
 from ..measure.calibration import temperature_scale
 
 # %% auto #0
-__all__ = ['MAPS', 'Grammar', 'ambiguous_grammar', 'draw_counts', 'rank_agreement', 'kl_to_truth', 'mle_gradient_identity',
-           'mean_rank', 'rank_gain', 'sampling_regret', 'asymmetric_cost', 'least_risk', 'cost_regret',
-           'abstention_regret', 'recalibrate', 'spell', 'beam', 'unspell']
+__all__ = ['MAPS', 'Grammar', 'ambiguous_grammar', 'draw_counts', 'kl_to_truth', 'mle_gradient_identity', 'mean_rank',
+           'rank_gain', 'sampling_regret', 'asymmetric_cost', 'least_risk', 'cost_regret', 'abstention_regret',
+           'recalibrate', 'spell', 'beam', 'unspell']
 
 # %% ../../nbs/dynamics/ranks_right_probabilities_wrong.ipynb #d144009
 class Grammar(NamedTuple):
@@ -129,24 +129,6 @@ def draw_counts(
     return torch.as_tensor(np.stack(drawn)).double()
 
 # %% ../../nbs/dynamics/ranks_right_probabilities_wrong.ipynb #d144012
-def rank_agreement(scores: Tensor, p_true: Tensor) -> Tensor:
-    """Kendall's tau between scores and true probabilities, by context.
-
-    Parameters
-    ----------
-    scores, p_true : Tensor [..., C]
-        A tie counts as neither agreement nor disagreement.
-
-    Returns
-    -------
-    Tensor [...]
-        -1 (reversed order) to 1 (same order).
-    """
-    i, j = torch.triu_indices(scores.shape[-1], scores.shape[-1], 1)
-    mine = (scores[..., i] - scores[..., j]).sign()
-    return (mine * (p_true[..., i] - p_true[..., j]).sign()).mean(-1)
-
-
 def kl_to_truth(p_true: Tensor, logits: Tensor) -> Tensor:
     """KL(P* || softmax) in nats, by context.
 

@@ -31,9 +31,9 @@ from reappraisal.protocol.statistics import (
 
 # %% auto #0
 __all__ = ['DISTANCES', 'activation_distance', 'js_divergence', 'disagreement', 'logit_cosine_distance', 'rank_disagreement',
-           'rank_correlation', 'topk_overlap', 'Churn', 'churn', 'error_consistency', 'Comparison', 'compare_outputs',
-           'compare', 'Twins', 'twin_distances', 'relative_to_twins', 'transfer_share', 'AgreementGain',
-           'agreement_gain']
+           'kendall_tau', 'rank_correlation', 'topk_overlap', 'Churn', 'churn', 'error_consistency', 'Comparison',
+           'compare_outputs', 'compare', 'Twins', 'twin_distances', 'relative_to_twins', 'transfer_share',
+           'AgreementGain', 'agreement_gain']
 
 # %% ../../nbs/measure/functional.ipynb #a9898095
 def _pair(a: Any, b: Any, check: Callable, names: tuple) -> tuple:
@@ -164,6 +164,27 @@ def rank_disagreement(p: Tensor, q: Tensor) -> Tensor:
     return torch.cat(rows, -1).mean(-1)
 
 
+def kendall_tau(p: Tensor, q: Tensor) -> Tensor:
+    """Kendall's tau-b along the last dimension.
+
+    Parameters
+    ----------
+    p, q : Tensor [..., C]
+        Other dimensions are broadcast.
+
+    Returns
+    -------
+    Tensor [...], from -1 to 1
+        0 where one side ties everything.
+    """
+    i, j = torch.triu_indices(p.shape[-1], p.shape[-1], 1, device=p.device)
+    a = (p[..., i] - p[..., j]).sign()
+    b = (q[..., i] - q[..., j]).sign()
+    norm = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+    product = (a * b).sum(-1)
+    return torch.where(norm > 0, product / norm, 0.0)
+
+
 def rank_correlation(
     p: Tensor, q: Tensor, method: Literal["spearman", "kendall"] = "spearman"
 ) -> Tensor:
@@ -193,13 +214,13 @@ def rank_correlation(
     p, q = _pair(p, q, as_logits, ("p", "q"))
     rows = []
     for a, b in _blocks(p, q):
-        a, b = _order(a), _order(b)
-        dims: tuple = (-2, -1)
-        if method == "spearman":
-            # row sums of the signs are twice the centred mean ranks
-            a, b, dims = a.sum(-1), b.sum(-1), (-1,)
-        norm = (a.square().sum(dims) * b.square().sum(dims)).sqrt()
-        product = (a * b).sum(dims)
+        if method == "kendall":
+            rows.append(kendall_tau(a, b))
+            continue
+        # row sums of the signs are twice the centred mean ranks
+        a, b = _order(a).sum(-1), _order(b).sum(-1)
+        norm = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+        product = (a * b).sum(-1)
         rows.append(torch.where(norm > 0, product / norm, 0.0))
     return torch.cat(rows, -1).mean(-1)
 

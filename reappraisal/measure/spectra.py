@@ -123,7 +123,8 @@ def _singular_values(main: Tensor, beside: Tensor) -> Tensor:
     cuts = cuts.double().view(-1, 1, 1)
     low = main.new_zeros(many, size)
     width = top[:, None].expand(many, size)
-    pivots = main.new_empty(64, parts - 1, many, size)
+    block = min(64, 2 * size)
+    pivots = main.new_empty(block, parts - 1, many, size)
     slots = pivots.unbind()
     for _ in range(18 if parts == 8 else 27):
         first = -(low + cuts * width)

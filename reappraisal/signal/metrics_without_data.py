@@ -24,6 +24,7 @@ from reappraisal.intervene.reset import (
 from ..intervene.symmetry import rescale_neurons, same_function
 from ..lab.ensemble import Ensemble
 from ..lab.models import initialise
+from ..measure.functional import kendall_tau
 from reappraisal.measure.spectra import (
     analyse_weights,
     bidiagonal_spectrum,
@@ -336,12 +337,8 @@ def taus(x: Any, y: Any) -> np.ndarray:
     -------
     array [...]
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    i, j = np.triu_indices(x.shape[-1], 1)
-    u, v = np.sign(x[..., i] - x[..., j]), np.sign(y[..., i] - y[..., j])
-    bottom = np.sqrt((u * u).sum(-1) * (v * v).sum(-1))
-    top = (u * v).sum(-1)
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
+    x, y = (torch.as_tensor(np.array(v, dtype=float)) for v in (x, y))
+    return kendall_tau(x, y).numpy()
 
 # %% ../../nbs/signal/metrics_without_data.ipynb #fcf06f07
 def pooled(r: Resets, metric: int, layer: int) -> tuple[Any, Any]:
@@ -415,7 +412,12 @@ def evidence_blind(r: Resets, seed: int = 0) -> dict[str, Any]:
 
 # %% ../../nbs/signal/metrics_without_data.ipynb #458371a1
 def fresh_spectra(
-    n: int, width: int, law: str, seed: int, device: str = "cpu"
+    n: int,
+    width: int,
+    law: str,
+    seed: int,
+    device: str = "cpu",
+    first: int = 0,
 ) -> Tensor:
     """Spectra of square layers with variance 1 / (3 width).
 
@@ -429,6 +431,8 @@ def fresh_spectra(
         arXiv:math-ph/0206043).
     seed : int
     device : str
+    first : int
+        So many layers of the stream are passed over.
 
     Returns
     -------
@@ -440,6 +444,7 @@ def fresh_spectra(
         )
     rng = np.random.default_rng(seed)
     if law == "uniform":
+        rng.bit_generator.advance(first * width**2)
         bound = width**-0.5
         many = 100 if device == "cpu" else 500
         parts = []
@@ -449,10 +454,12 @@ def fresh_spectra(
             parts.append(spectrum(W.to(device), batched=True))
         return torch.cat(parts)
     k = np.arange(width, 0, -1)
-    draws = [(rng.chisquare(k), rng.chisquare(k[1:])) for _ in range(n)]
+    draws = [
+        (rng.chisquare(k), rng.chisquare(k[1:])) for _ in range(first + n)
+    ]
     main, beside = (
         torch.as_tensor(np.array(d)).to(device)
-        for d in zip(*draws, strict=True)
+        for d in zip(*draws[first:], strict=True)
     )
     return bidiagonal_spectrum(main, beside) / (3 * width)
 

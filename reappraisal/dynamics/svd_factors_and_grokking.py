@@ -1861,6 +1861,9 @@ def supposed(
 ) -> dict[tuple, Run]:
     """Runs in which who was cut short arrived there and then, or never did.
 
+    Where nothing can be reached, on labels without a rule, a run counts as far
+    as it was seen.
+
     Parameters
     ----------
     cells, runs
@@ -1870,17 +1873,14 @@ def supposed(
     """
     out = dict(runs)
     for key, run in runs.items():
-        epochs, event = cells[key].epochs, run.best.event
-        if run.budget >= epochs or event.all():
+        cell, (when, event) = cells[key], run.best
+        if cell.goal is None or run.budget >= cell.epochs or event.all():
             continue
-        time_ = run.best.time if arrived else np.where(
-            event, run.best.time, epochs
-        )
-        top = {
-            k: np.where(event, getattr(run, k), 1.0) if arrived
-            else getattr(run, k)
-            for k in ("accuracy", "mean")
-        }
-        best = FirstStep(time_, event | arrived)
-        out[key] = replace(run, best=best, **top)
+        if arrived:
+            best = FirstStep(when, np.ones_like(event))
+            top = np.where(event, run.accuracy, 1.0)
+            out[key] = replace(run, best=best, accuracy=top)
+        else:
+            best = FirstStep(np.where(event, when, cell.epochs), event)
+            out[key] = replace(run, best=best)
     return out

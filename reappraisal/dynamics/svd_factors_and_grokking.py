@@ -603,23 +603,24 @@ class Finished:
     """
 
     def __init__(self, size: int, hold: int, goal: float | None = 1.0):
-        self.streak = torch.zeros(size, dtype=torch.long)
-        self.best = torch.zeros(size)
+        self.streak = np.zeros(size, dtype=np.int64)
+        self.best = np.zeros(size, dtype=np.float32)
         self.hold, self.goal = hold, goal
 
     def __call__(self, state: State) -> None:
-        who = state.members.cpu()
+        who = state.members.cpu().numpy()
         train, test = state.aux["train"].cpu(), state.aux["test"].cpu()
         state.record("train", train)
         state.record("test", test)
+        train, test = train.numpy(), test.numpy()
         good = (train >= 0.99) & (test >= 0.95)
-        self.streak[who] = torch.where(good, self.streak[who] + 1, 0)
-        self.best[who] = torch.maximum(self.best[who], test)
+        self.streak[who] = np.where(good, self.streak[who] + 1, 0)
+        self.best[who] = np.maximum(self.best[who], test)
         if self.goal is not None:
             reached = self.best[who] >= self.goal
             done = reached & (self.streak[who] >= self.hold)
             if done.any():
-                state.stop(done.to(state.members.device))
+                state.stop(torch.from_numpy(done).to(state.members.device))
 
 
 class Anatomy:

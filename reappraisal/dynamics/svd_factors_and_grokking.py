@@ -47,14 +47,14 @@ from reappraisal.protocol.statistics import (
 
 # %% auto #0
 __all__ = ['MATRICES', 'TASKS', 'LADDER', 'FRACTIONS', 'RANKS', 'RATES', 'DECAYS', 'STRENGTHS', 'TUNING', 'GOLDEN', 'ROUNDS',
-           'PAPER', 'Runs', 'WHERE', 'PUBLISHED', 'EPOCHS', 'SHARES', 'TokenMLP', 'OneHotMLP', 'tables', 'accuracies',
-           'PairLoss', 'pairs', 'PathLength', 'Concentration', 'fourier_concentration', 'effective_rank', 'Arm',
-           'Setting', 'build', 'matched', 'Finished', 'Anatomy', 'SchattenDecay', 'Run', 'reached', 'summarise',
-           'stacked', 'run_arm', 'run_all', 'tuning_jobs', 'tuning_rows', 'choose_cell', 'best_cell', 'read_rows',
-           'write_rows', 'scrambled', 'epoch_orders', 'Cell', 'Progress', 'joined', 'Lockstep', 'Lane', 'run_table',
-           'product_distance', 'versus', 'beyond_one', 'evidence_best', 'evidence_ranks', 'evidence_delay',
-           'evidence_sooner', 'evidence_tuned', 'evidence_mechanism', 'evidence_budget', 'published_ratio',
-           'published_cells', 'published_rows', 'supposed']
+           'PAPER', 'Runs', 'WHERE', 'PUBLISHED', 'EPOCHS', 'SHARES', 'TokenMLP', 'OneHotMLP', 'tables', 'into_factors',
+           'into_tables', 'accuracies', 'PairLoss', 'pairs', 'PathLength', 'Concentration', 'fourier_concentration',
+           'effective_rank', 'Arm', 'Setting', 'build', 'matched', 'Finished', 'Anatomy', 'SchattenDecay', 'Run',
+           'reached', 'summarise', 'stacked', 'run_arm', 'run_all', 'tuning_jobs', 'tuning_rows', 'choose_cell',
+           'best_cell', 'read_rows', 'write_rows', 'scrambled', 'epoch_orders', 'Cell', 'Progress', 'joined',
+           'Lockstep', 'Lane', 'run_table', 'product_distance', 'versus', 'beyond_one', 'evidence_best',
+           'evidence_ranks', 'evidence_delay', 'evidence_sooner', 'evidence_tuned', 'evidence_mechanism',
+           'evidence_budget', 'published_ratio', 'published_cells', 'published_rows', 'supposed']
 
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #20f41999
 MATRICES = ("embedding", "hidden", "readout")
@@ -162,9 +162,93 @@ def tables(
         A, B = A + bias, B.contiguous()
     return A, B, products["readout"], params["readout.bias"], products
 
+# %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #f0c6e50a
+def into_factors(
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    name: str,
+    back: Tensor,
+) -> None:
+    """Write the gradients of a matrix's factors.
+
+    Parameters
+    ----------
+    params, grads
+        Name to tensor `[S, ...]`; only what is in `grads` is written.
+    name
+        Of the layer.
+    back
+        Gradient of the product, `[S, m, n]`.
+    """
+    if f"{name}.weight" in grads:
+        grads[f"{name}.weight"].copy_(back)
+        return
+    stem = f"{name}.parametrizations.weight.original"
+    keys = [k for i in range(3) if (k := f"{stem}{i}") in params]
+    parts = [params[k] for k in keys]
+    right, end = parts[-1], keys[-1]
+    inner = back @ right.mT
+    if len(parts) == 2:
+        before, found = parts[0], [inner]
+    elif parts[1].ndim == 2:
+        left, middle = parts[0], parts[1][:, None]
+        before, found = left * middle, [inner * middle, (inner * left).sum(1)]
+    else:
+        left, middle = parts[:2]
+        before, found = left @ middle, [inner @ middle.mT, left.mT @ inner]
+    for key, value in zip(keys, found, strict=False):
+        if key in grads:
+            grads[key].copy_(value)
+    if end in grads:
+        grads[end].copy_(before.mT @ back)
+
+
+def into_tables(
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    products: Mapping[str, Tensor],
+    back: Sequence[Tensor],
+) -> None:
+    """Write all gradients, from those of what `tables` returns.
+
+    Parameters
+    ----------
+    params, grads
+        As in `into_factors`.
+    products
+        As from `tables`.
+    back
+        Gradients of A, B, weight and bias.
+    """
+    to_A, to_B, to_W, to_c = back
+    (S, p, h), const = to_A.shape, to_A.sum(1)
+    for name, value in (("hidden.bias", const), ("readout.bias", to_c)):
+        if name in grads:
+            grads[name].copy_(value)
+    into_factors(params, grads, "readout", to_W)
+    to_first = torch.empty_like(products["hidden"])
+    if "embedding" in products:
+        E = products["embedding"]
+        blocks = products["hidden"].view(S, h, 4, -1)
+        w1, w2, w3, w4 = blocks.unbind(2)
+        numbers, constants = E[:, :p], E[:, p:]
+        to_E, tall = torch.empty_like(E), to_first.view(S, h, 4, -1)
+        to_E[:, :p] = torch.bmm(to_A, w1).add_(torch.bmm(to_B, w3))
+        to_E[:, p] = torch.bmm(const[:, None], w2)[:, 0]
+        to_E[:, p + 1] = torch.bmm(const[:, None], w4)[:, 0]
+        tall[:, :, 0] = torch.bmm(numbers.mT, to_A).mT
+        tall[:, :, 2] = torch.bmm(numbers.mT, to_B).mT
+        torch.mul(
+            const[:, :, None, None], constants[:, None], out=tall[:, :, 1::2]
+        )
+        into_factors(params, grads, "embedding", to_E)
+    else:
+        to_first[:, :, :p], to_first[:, :, p:] = to_A.mT, to_B.mT
+    into_factors(params, grads, "hidden", to_first)
+
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #8ec394cc
 def accuracies(
-    scores: Tensor, y: Tensor, train: Tensor
+    scores: Tensor, y: Tensor, train: Tensor, count: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Training and test accuracy, scores of the labels, highest scores.
 
@@ -172,27 +256,26 @@ def accuracies(
     ----------
     scores
         `[S, v, N]`.
-    y, train
-        Labels and mask of the training pairs, `[S, N]`.
+    y, train, count
+        Labels and mask of the training pairs, `[S, N]`, and how many pairs
+        there are in training and test, `[S, 2]`.
     """
     top = scores.amax(1)
     own = scores.gather(1, y[:, None])[:, 0]
     right = own >= top
-    n, count = right.shape[1], train.sum(1)
-    found = {
-        "train": (right & train).sum(1) / count,
-        "test": (right & ~train).sum(1) / (n - count).clamp_min(1),
-    }
-    return found, own, top
+    trained = (right & train).sum(1)
+    hits = torch.stack([trained, right.sum(1) - trained], 1)
+    found = (hits / count).unbind(1)
+    return dict(zip(("train", "test"), found, strict=True)), own, top
 
 
 class PairLoss:
     """Cross entropy on the training pairs, for `lab.ensemble.fit`.
 
     The batch holds, for each member, labels `y [S, p*p]`, a mask `train`
-    `[S, p*p]` and the weights `w` of the pairs in the loss (float64). Besides
-    the loss, members' training and test accuracy and the weight matrices are
-    returned.
+    `[S, p*p]`, the weights `w` of the pairs in the loss (float64) and the
+    `count` of training and test pairs. Besides the loss, members' training and
+    test accuracy and the weight matrices are returned.
 
     Parameters
     ----------
@@ -225,7 +308,9 @@ class PairLoss:
         torch.add(A[:, :, None], B[:, None], out=grid).relu_()
         torch.bmm(W, H.mT, out=scores).add_(c[:, :, None])
         y, w = batch["y"], batch["w"]
-        aux, own, top = accuracies(scores, y, batch["train"])
+        aux, own, top = accuracies(
+            scores, y, batch["train"], batch["count"]
+        )
         Z.copy_(scores).sub_(top[:, None]).exp_()
         total = Z.sum(1)
         loss = ((total.log() - (own - top)) * w).sum(1)
@@ -234,7 +319,8 @@ class PairLoss:
         Z.mul_((w / total)[:, None]).scatter_add_(1, y[:, None], -w[:, None])
         G = scores.copy_(Z)
         to_W, to_c = torch.bmm(G, H), G.sum(2)
-        torch.bmm(G.mT, W, out=D).mul_(H.sign_())
+        torch.bmm(G.mT, W, out=D)
+        torch.ops.aten.threshold_backward.grad_input(D, H, 0, grad_input=D)
         D = D.view(S, p, p, h)
         return loss, aux, (D.sum(2), D.sum(1), to_W, to_c)
 
@@ -244,22 +330,11 @@ class PairLoss:
         return loss, aux | {"table": A} | products
 
     def value_and_grad(self, params, batch, grads):
-        """The same, with gradients by hand from the tables on."""
-        leaves = {
-            k: v.detach().requires_grad_(k in grads) for k, v in params.items()
-        }
-        with torch.enable_grad():
-            *tensors, products = tables(leaves, self.p)
-        plain = [t.detach() for t in tensors]
-        loss, aux, back = self.core(*plain, batch, True)
-        used = [(t, b) for t, b in zip(tensors, back, strict=True) if t.requires_grad]
-        found = torch.autograd.grad(
-            [t for t, _ in used],
-            [leaves[k] for k in grads],
-            [b for _, b in used],
-        )
-        torch._foreach_copy_(list(grads.values()), found)
-        return loss, aux | {"table": plain[0]} | products
+        """The same, with gradients by hand."""
+        *tensors, products = tables(params, self.p)
+        loss, aux, back = self.core(*tensors, batch, True)
+        into_tables(params, grads, products, back)
+        return loss, aux | {"table": tensors[0]} | products
 
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #7f9bfd39
 TASKS = ("add", "first", "random")
@@ -286,7 +361,8 @@ def pairs(
     Returns
     -------
     dict
-        `y` [S, p*p] int64, `train` [S, p*p] bool, `w` [S, p*p] float64.
+        `y` [S, p*p] int64, `train` [S, p*p] bool, `w` [S, p*p] float64, and
+        `count` [S, 2] int64, of training and test pairs.
 
     Raises
     ------
@@ -301,8 +377,10 @@ def pairs(
     ]
     y = torch.stack([t.X[:, 0] if task == "first" else t.y for t in tasks])
     train = torch.stack([t.train for t in tasks])
-    w = train.double() / train.sum(1, keepdim=True)
-    return {"y": y.to(device), "train": train.to(device), "w": w.to(device)}
+    count = torch.stack([train.sum(1), (~train).sum(1).clamp_min(1)], 1)
+    w = train.double() / count[:, :1]
+    out = {"y": y, "train": train, "w": w, "count": count}
+    return {k: v.to(device) for k, v in out.items()}
 
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #f8e61af7
 class PathLength:
@@ -525,23 +603,24 @@ class Finished:
     """
 
     def __init__(self, size: int, hold: int, goal: float | None = 1.0):
-        self.streak = torch.zeros(size, dtype=torch.long)
-        self.best = torch.zeros(size)
+        self.streak = np.zeros(size, dtype=np.int64)
+        self.best = np.zeros(size, dtype=np.float32)
         self.hold, self.goal = hold, goal
 
     def __call__(self, state: State) -> None:
-        who = state.members.cpu()
+        who = state.members.cpu().numpy()
         train, test = state.aux["train"].cpu(), state.aux["test"].cpu()
         state.record("train", train)
         state.record("test", test)
+        train, test = train.numpy(), test.numpy()
         good = (train >= 0.99) & (test >= 0.95)
-        self.streak[who] = torch.where(good, self.streak[who] + 1, 0)
-        self.best[who] = torch.maximum(self.best[who], test)
+        self.streak[who] = np.where(good, self.streak[who] + 1, 0)
+        self.best[who] = np.maximum(self.best[who], test)
         if self.goal is not None:
             reached = self.best[who] >= self.goal
             done = reached & (self.streak[who] >= self.hold)
             if done.any():
-                state.stop(done.to(state.members.device))
+                state.stop(torch.from_numpy(done).to(state.members.device))
 
 
 class Anatomy:
@@ -1139,10 +1218,11 @@ class Lockstep:
         self.cell = torch.arange(len(cells)).repeat_interleave(len(seeds))
         self.member = torch.arange(len(seeds)).repeat(len(cells))
         own = [pairs(setting.p, c.frac, seeds, c.task) for c in cells]
-        y, train = (torch.cat([o[k] for o in own]) for k in ("y", "train"))
+        own = {k: torch.cat([o[k] for o in own]) for k in own[0]}
+        train = own["train"]
         rows = train.nonzero()[:, 1].view(len(train), -1)
         self.data = {
-            "y": y, "train": train, "rows": rows,
+            "y": own["y"], "train": train, "count": own["count"], "rows": rows,
             "seed": torch.tensor(list(seeds)).repeat(len(cells)),
             "path": torch.zeros(len(train), dtype=torch.float64),
         }
@@ -1275,7 +1355,8 @@ class Lockstep:
         A, B, W, c, products = tables(self.params, self.setting.p)
         H = (A[:, :, None] + B[:, None]).relu_().flatten(1, 2)
         scores = torch.baddbmm(c[:, :, None], W, H.mT)
-        found, *_ = accuracies(scores, self.data["y"], self.data["train"])
+        own = (self.data[k] for k in ("y", "train", "count"))
+        found, *_ = accuracies(scores, *own)
         square = 0.0
         for name, now in products.items():
             move = (now - self.last[name]).flatten(1)
@@ -1781,6 +1862,9 @@ def supposed(
 ) -> dict[tuple, Run]:
     """Runs in which who was cut short arrived there and then, or never did.
 
+    Where nothing can be reached, on labels without a rule, a run counts as far
+    as it was seen.
+
     Parameters
     ----------
     cells, runs
@@ -1790,17 +1874,14 @@ def supposed(
     """
     out = dict(runs)
     for key, run in runs.items():
-        epochs, event = cells[key].epochs, run.best.event
-        if run.budget >= epochs or event.all():
+        cell, (when, event) = cells[key], run.best
+        if cell.goal is None or run.budget >= cell.epochs or event.all():
             continue
-        time_ = run.best.time if arrived else np.where(
-            event, run.best.time, epochs
-        )
-        top = {
-            k: np.where(event, getattr(run, k), 1.0) if arrived
-            else getattr(run, k)
-            for k in ("accuracy", "mean")
-        }
-        best = FirstStep(time_, event | arrived)
-        out[key] = replace(run, best=best, **top)
+        if arrived:
+            best = FirstStep(when, np.ones_like(event))
+            top = np.where(event, run.accuracy, 1.0)
+            out[key] = replace(run, best=best, accuracy=top)
+        else:
+            best = FirstStep(np.where(event, when, cell.epochs), event)
+            out[key] = replace(run, best=best)
     return out

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -37,13 +37,17 @@ from reappraisal.compression.what_makes_a_good_prune import (
     largest_within,
     lenet,
     log_ratio_at_equal,
+    lot_of,
     magnitude_masks,
+    masks_at,
+    most_removed,
     random_masks,
     rank_correlations,
     restored,
     retained_energy,
     safe_divisor,
     safe_prune,
+    sizes_of,
     small_cnn,
     strangers,
     swap_excess,
@@ -300,18 +304,31 @@ def test_rank_correlations_planted_and_null():
 
 
 def test_nothing_removed_changes_nothing(small, nets):
-    none = cut(small, nets, [magnitude_masks(nets, 0.0)])
-    assert none.cosine[0] == pytest.approx([1, 1, 1])
-    assert none.before[0].tolist() == small.accuracy(nets).tolist()
-    all_ = cut(small, nets, [magnitude_masks(nets, 1.0)])
-    assert (all_.before == all_.after).all() and (all_.after < 20).all()
+    masks = magnitude_masks(nets, 0.0)
+    assert cut(small, nets, [masks]).cosine[0] == pytest.approx([1, 1, 1])
+    assert all((masks.apply(nets).params[k] == v).all()
+               for k, v in nets.params.items())
+    all_ = magnitude_masks(nets, 1.0)
+    after = cut(small, nets, [all_]).after
+    assert (small.accuracy(all_.apply(nets)) == after).all()
+    assert (after < 20).all()
 
 
-def test_cut_is_the_same_in_chunks_and_twice(small, nets):
+class OneByOne(Setting):
+    def together(self, members=1):
+        return 1
+
+
+def one_by_one(setting):
+    return OneByOne(**{f.name: getattr(setting, f.name)
+                       for f in fields(setting)})
+
+
+def test_cut_is_the_same_in_pieces_and_twice(small, nets):
     ms = [magnitude_masks(nets, p) for p in (0.3, 0.6, 0.9)]
-    a, b = cut(small, nets, ms), cut(small, nets, ms, chunk=1)
+    a, b = cut(small, nets, ms), cut(one_by_one(small), nets, ms)
     again = cut(small, nets, ms)
-    for name in ("cosine", "before", "after", "divergence"):
+    for name in ("cosine", "after", "divergence"):
         assert (getattr(a, name) == getattr(again, name)).all()
         np.testing.assert_allclose(
             getattr(a, name), getattr(b, name), atol=1e-5
@@ -324,6 +341,40 @@ def test_parents_learn_and_shuffled_labels_do_not(small, nets):
                                       generator=generator(1))]
     lost = replace(small, train=(small.train[0], y))
     assert lost.accuracy(lost.parents([1, 2, 3])).mean() < 40
+
+
+def test_members_have_their_own_rates_in_training_and_after(small):
+    rates = {"lr": [0.05, 0.01, 0.05], "weight_decay": [0.0, 0.0, 0.01]}
+    together = small.parents([1, 1, 1], hyper=rates)
+    masks = magnitude_masks(together, 0.5)
+    after = small.tuned(together, masks)
+    pieces = one_by_one(small).parents([1, 1, 1], hyper=rates)
+    for i in range(3):
+        alone = replace(small, optimiser=replace(
+            small.optimiser, **{k: v[i] for k, v in rates.items()}))
+        parent = alone.parents([1])
+        for k, v in parent.params.items():
+            torch.testing.assert_close(together.params[k][i], v[0])
+            torch.testing.assert_close(pieces.params[k][i], v[0])
+        parent = replace(parent, params={
+            k: v[[i]] for k, v in together.params.items()})
+        own = alone.tuned(parent, magnitude_masks(parent, 0.5))
+        for k, v in own.params.items():
+            torch.testing.assert_close(after.params[k][i], v[0])
+    assert (together.params["1.weight"][0] - together.params["1.weight"][2]
+            ).abs().max() > 1e-3
+
+
+def test_most_removed_asks_no_more_than_it_must(small, nets):
+    rungs = [0.2, 0.5, 0.7, 0.8, 0.95]
+    rows = [small.accuracy(small.tuned(nets, magnitude_masks(nets, p)))
+            for p in rungs]
+    for setting in (small, one_by_one(small)):
+        for tolerance in (-100, 0.0, 1.0, 3.0, 100):
+            want = largest_within(
+                np.stack([small.accuracy(nets), *rows]), rungs, tolerance)
+            got = most_removed(setting, nets, rungs, tolerance)
+            assert got.tolist() == want.tolist()
 
 
 def test_magnitude_beats_the_lot(small, nets):
@@ -475,6 +526,19 @@ def test_normalised_and_residual_models_are_read():
     assert kurtosis(mlp((8, 8, 8, 2), residual=True)).shape == (1,)
 
 
+def test_masks_at_are_those_of_a_sort(nets):
+    ties = replace(nets, params={
+        k: (10 * v).round() for k, v in nets.params.items()})
+    shares = (0.0, 0.1, [0.2, 0.5, 0.9], 0.77, 1.0)
+    for model in (nets, ties):
+        for scores in (sizes_of(model), lot_of(model, 3),
+                       sizes_of(model, biases=False)):
+            for p, found in zip(shares, masks_at(scores, shares),
+                                strict=True):
+                want = mask(scores, 1 - torch.as_tensor(p).double())
+                assert all((found[k] == want[k]).all() for k in want)
+
+
 def test_copies_and_joined(nets):
     many = copies(nets, 2)
     assert many.seeds == (1, 2, 3, 1, 2, 3)
@@ -490,6 +554,8 @@ def test_copies_and_joined(nets):
         (lambda: weights_of(nn.ReLU()), "no parameters"),
         (lambda: utopia(layer([1, math.nan])), "not finite"),
         (lambda: utopia(layer([0, 0])), "all zero"),
+        (lambda: magnitude_masks(untrained(small_cnn(2, 2), [1]), 1.2),
+         "sparsity: got 1.2"),
         (lambda: cosine(layer([1, 2]), layer([1, 2, 3])), "child: other"),
         (lambda: retained_energy("cauchy", 0.5), "law: got 'cauchy'"),
         (lambda: retained_energy("laplace", 1.5), "keep: got 1.5"),

@@ -23,6 +23,7 @@ from reappraisal.lab.ensemble import (
     Optimiser,
     cross_entropy,
     train,
+    untrained,
 )
 from ..lab.models import generator, reset
 from ..measure.functional import js_divergence
@@ -657,33 +658,49 @@ class Setting:
         """Steps in an epoch."""
         return len(self.train[1]) // self.batch
 
-    def parents(
-        self, seeds: Sequence[int], init: Any = "fresh", **more: Any
+    def together(self, members: int = 1) -> int:
+        """How many copies of so many networks to train as one stack."""
+        size = sum(p.numel() for p in self.model.parameters())
+        if self.device != "cpu":
+            at_once = 2**26 // size
+        else:  # what a core's cache holds
+            at_once = 96 if size < 2**16 else 2**18 // size
+        return max(1, at_once // members)
+
+    def trained(
+        self, stack: Ensemble, steps: int, masks: Masks | None = None
     ) -> Ensemble:
-        """Networks trained from these seeds."""
-        return train(
-            self.model, self.train, seeds=seeds, batch_size=self.batch,
-            steps=self.epochs * self.epoch, optimiser=self.optimiser,
-            device=self.device, init=init, **{**self.rest, **more},
-        )
+        """Train networks further, each at its own rates if it has any."""
+        parts, at_once = [], self.together()
+        for i in range(0, len(stack), at_once):
+            rows = slice(i, i + at_once)
+            some = stack[rows]
+            kept = {k: m[rows] for k, m in (masks or {}).items()}
+            parts.append(train(
+                some, self.train, batch_size=self.batch, steps=steps,
+                optimiser=replace(self.optimiser, **some.hyper), masks=kept,
+                device=self.device, **self.rest,
+            ))
+        return Ensemble.join(parts)
+
+    def parents(
+        self,
+        seeds: Sequence[int],
+        init: Any = "fresh",
+        hyper: Mapping[str, Sequence[float]] | None = None,
+    ) -> Ensemble:
+        """Networks trained from these seeds, perhaps at rates of their own."""
+        start = untrained(self.model, seeds, init, device=self.device)
+        own = {k: torch.as_tensor(v) for k, v in (hyper or {}).items()}
+        return self.trained(replace(start, hyper=own),
+                            self.epochs * self.epoch)
 
     def tuned(
         self, parents: Ensemble, masks: Masks, epochs: float = 1
     ) -> Ensemble:
         """One more epoch under masks, same optimiser and rates."""
-        return train(
-            masks.apply(parents), self.train, batch_size=self.batch,
-            steps=round(epochs * self.epoch),
-            optimiser=replace(self.optimiser, **parents.hyper),
-            masks=masks, device=self.device, **self.rest,
-        )
-
-    def together(self, members: int) -> int:
-        """How many copies of a stack to train as one."""
-        if self.device != "cpu":
-            sizes = [p.numel() for p in self.model.parameters()]
-            return max(1, 2**26 // (members * sum(sizes)))
-        return max(1, 96 // members)  # about what a core's cache holds
+        steps = round(epochs * self.epoch)
+        return self.trained(masks.apply(parents), steps, masks)
 
     def answers(self, model: Ensemble) -> Tensor:
         """Test outputs `[S, N, C]`."""
@@ -708,14 +725,13 @@ class Cut:
     ----------
     cosine
         To the parent, at the moment of pruning.
-    before, after
-        Test accuracy in per cent, pruned and after fine-tuning.
+    after
+        Test accuracy in per cent, after fine-tuning.
     divergence
         Jensen-Shannon divergence to the parent after fine-tuning, nats.
     """
 
     cosine: np.ndarray
-    before: np.ndarray
     after: np.ndarray
     divergence: np.ndarray
 
@@ -724,7 +740,6 @@ def cut(
     setting: Setting,
     parents: Ensemble,
     masks: Sequence[Masks],
-    chunk: int | None = None,
 ) -> Cut:
     """Prune all parents by each of the masks and fine-tune, as stacks.
 
@@ -735,8 +750,6 @@ def cut(
         S members.
     masks : sequence of K Masks
         Of S members each.
-    chunk : int, optional
-        Masks worked on at a time; by default what the device bears.
 
     Returns
     -------
@@ -749,18 +762,17 @@ def cut(
     """
     if not masks:
         raise ValueError("masks: empty; one at least is accepted")
-    rows, chunk = [], chunk or setting.together(len(parents))
+    rows, at_once = [], setting.together(len(parents))
     theirs = setting.answers(parents).double().softmax(-1)
-    for at in range(0, len(masks), chunk):
-        some = masks[at : at + chunk]
+    for at in range(0, len(masks), at_once):
+        some = masks[at : at + at_once]
         stack, there = copies(parents, len(some)), joined(some)
-        pruned = there.apply(stack)
         after = setting.answers(setting.tuned(stack, there))
         js = js_divergence(
             after.double().softmax(-1), theirs.repeat(len(some), 1, 1)
         )
         found = (
-            cosine(stack, pruned).cpu().numpy(), setting.accuracy(pruned),
+            cosine(stack, there.apply(stack)).cpu().numpy(),
             setting.right(after), js.cpu().numpy(),
         )
         rows.append([f.reshape(len(some), -1) for f in found])

@@ -18,6 +18,7 @@ from reappraisal.compression.compression_functional_perspective import (
     TUNED,
     Child,
     Frontier,
+    attacks,
     away,
     bench,
     deviation,
@@ -31,12 +32,14 @@ from reappraisal.compression.compression_functional_perspective import (
     evidence_published,
     evidence_shared,
     evidence_transfer,
+    family,
     frontier,
     grow,
     landscape,
     lineage,
     low_rank,
     maps,
+    matched_function,
     mixup,
     permute_first,
     pool,
@@ -45,6 +48,7 @@ from reappraisal.compression.compression_functional_perspective import (
     quantised,
     same_accuracy,
     taught,
+    views,
 )
 from reappraisal.lab.ensemble import untrained
 from reappraisal.protocol.claims import Claim
@@ -435,6 +439,53 @@ def test_a_whole_lineage_names_what_the_rules_ask_for():
         c.name for c in front.children}
     assert front["control nothing done"].distance[METRICS[0]].max() == 0
     assert front["quantised 16 bit, tensor"].bits < front.bits
+
+
+def alike(a, b):
+    for k, v in a.params.items():
+        torch.testing.assert_close(v, b.params[k], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_trained_together_is_what_would_be_trained_alone(
+    setup, parents
+):
+    order = away(TINY, "student")
+    nets = published(setup, TINY, ("second",))
+    alike(nets["base"], parents)
+    alike(nets["second"], grow(setup, away(TINY, "second"),
+                               away(TINY, "second")))
+    alike(nets["alpha 0.5"], grow(setup, TINY, order, teacher=parents,
+                                  alpha=0.5, temperature=3.0))
+    more = attacks(setup, TINY, parents)
+    alike(more["no teacher"], grow(setup, TINY, order))
+    alike(more["alpha 0.9, T=4"], grow(setup, TINY, order, teacher=parents,
+                                       temperature=4.0))
+    alike(more["copy"], grow(setup, parents, order, teacher=parents,
+                             temperature=3.0))
+    pairs = matched_function(setup, TINY, parents, 100)
+    fresh = away(TINY, "fresh")
+    x, _ = mixup(*setup.train, 100, seed=1000)
+    alike(pairs["equal"], grow(setup, fresh, fresh, data=(x,), alpha=1.0,
+                               teacher=parents, temperature=4.0))
+    gap = pairs["long"].predict(x) - pairs["equal"].predict(x)
+    assert gap.abs().max() > 0.05
+
+
+def test_maps_and_frontier_show_the_same_networks():
+    short = bench("digits", epochs=2)
+    kin = family(short, TINY, mixed=100)
+    runs, ends, kept = views(short, kin, 2)
+    assert {v.shape[:2] for v in runs.values()} == {(2, 2)}
+    front = lineage(short, TINY, "all", kin)
+    for view, name in (("third", "control third"),
+                       ("alpha 0.9", "student alpha 0.9")):
+        p, q = (runs[k][:, -1].reshape(2, -1, 10) for k in ("base", view))
+        far = np.linalg.norm(p - q, axis=-1).mean(-1)
+        np.testing.assert_allclose(
+            far, front[name].distance[METRICS[0]][:2], rtol=1e-4
+        )
+    assert kept["pruned 10 %"].min() > kept["pruned 90 %"].max()
+    assert np.abs(ends["copy"] - runs["base"][:, -1]).max() < 1e-2
 
 
 @pytest.mark.parametrize(

@@ -391,7 +391,7 @@ def read_suite(
     """
 
     def on(data, model):
-        return read_outputs(model, data, batch_size=512)
+        return read_outputs(model, data, batch_size=256)
 
     def distances(a, b):
         size = max(1, ROWS // len(a))

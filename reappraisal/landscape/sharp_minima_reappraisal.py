@@ -1027,13 +1027,14 @@ def train_regressions(
         fit, rest = (fit - centre) / spread, (rest - centre) / spread
         variance = torch.ones_like(variance)
     n = len(seeds)
+    # the chain goes through blocks of rows, which a GPU does not need
+    at_home = torch.device(device).type == "cpu"
+    engine = {} if at_home else {"engine": "vmap"}
     nets = parents(
         mlp((2, 64, 64, 1)), (both[:points], fit.repeat_interleave(n, 0)),
         steps=steps[-1], optimiser=Adam(lr=1e-3), seeds=list(seeds) * len(
             names), loss="mse", per_member=("y",), checkpoints=tuple(steps),
-        device=device,
-        # the chain goes through blocks of rows, which a GPU does not need
-        engine="auto" if torch.device(device).type == "cpu" else "vmap",
+        device=device, **engine,
     )
     errors = []
     for step in steps:

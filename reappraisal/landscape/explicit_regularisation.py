@@ -265,10 +265,7 @@ class Dosed(Batches):
         return self.which[on.cpu()].unique()
 
     def draw(self, how, streams, *size, low=()) -> Tensor:
-        """The same random numbers for all members of a stream.
-
-        Zero for streams that are not among those asked for.
-        """
+        """Random numbers [streams, *size]; 0 for streams not asked for."""
         kind = torch.long if low else torch.float32
         some = torch.empty(len(streams), *size, dtype=kind)
         for row, i in zip(some, streams.tolist(), strict=True):
@@ -277,23 +274,28 @@ class Dosed(Batches):
             len(self.noise), *size, dtype=kind, device=self.device
         )
         values[streams.to(self.device)] = some.to(self.device)
-        return values if self.all else values[self.stream]
+        return values
 
     def __call__(self, step: int, members: Tensor) -> Batch:
         batch = super().__call__(step, members)
         dose = {k: v[members] for k, v in self.doses.items()}
         size = batch.rows.shape[1]
-        some = self.random
-        moved = self.draw(torch.rand, some, size) < dose["shift"]
-        way = self.draw(torch.randint, some, size, low=(1, self.kinds))
+        some, at = self.random, self.stream
+        moved = self.draw(torch.rand, some, size)[at] < dose["shift"]
+        way = self.draw(torch.randint, some, size, low=(1, self.kinds))[at]
         rows = batch.rows + self.n * way * moved
         x = self.tables.index_select(0, rows.flatten())
         x = x.view(*rows.shape, -1)
         z = self.draw(torch.randn, some, size, x.shape[-1])
-        x = torch.addcmul(x, z, dose["noise"][..., None])
-        p = dose["dropout"][..., None]
-        mask = self.draw(torch.rand, self.masked, size, self.width)
-        mask = (mask >= p) / (1 - p)
+        who = dose["noise"][:, 0].nonzero()[:, 0]
+        x[who] = torch.addcmul(
+            x[who], z[at[who]], dose["noise"][who, :, None]
+        )
+        who = dose["dropout"][:, 0].nonzero()[:, 0]
+        p = dose["dropout"][who, :, None]
+        z = self.draw(torch.rand, self.masked, size, self.width)
+        mask = x.new_ones(len(x), size, self.width)
+        mask[who] = (z[at[who]] >= p) / (1 - p)
         s = dose["smoothing"][..., None]
         y = F.one_hot(batch.y, self.classes) * (1 - s) + s / self.classes
         return Batch(step, members, x=(x, mask), y=y, rows=batch.rows)

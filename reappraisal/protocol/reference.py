@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,12 @@ def surface(path: str | Path, module: str) -> Surface:
     ValueError
         If ``__all__`` has a name that the module does not define.
     """
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return _surface(Path(path).read_text(encoding="utf-8"), str(path), module)
+
+
+@lru_cache(maxsize=1024)
+def _surface(text, path, module):
+    tree = ast.parse(text)
     kinds: dict[str, str] = {}
     public: list[str] = []
     printed = set()

@@ -264,21 +264,7 @@ def setup(app: Any) -> dict[str, Any]:
     dict
         Sphinx's extension metadata.
     """
-    from sphinx.domains.python import PythonDomain
     from sphinx.search.en import SearchEnglish
-
-    class Objects(PythonDomain):
-        """Knows at once which names no object has."""
-
-        def find_obj(self, env, modname, classname, name, type,
-                     searchmode=0):
-            if getattr(self, "_of", None) != len(self.objects):
-                self._of = len(self.objects)
-                self._last = {x.rpartition(".")[2] for x in self.objects}
-            if name.removesuffix("()").rpartition(".")[2] not in self._last:
-                return []
-            return sorted(super().find_obj(
-                env, modname, classname, name, type, searchmode))
 
     class English(SearchEnglish):
         """Remembers stems."""
@@ -289,7 +275,6 @@ def setup(app: Any) -> dict[str, Any]:
 
     _walk_faster()
     _collect_less()
-    app.add_domain(Objects, override=True)
     app.add_search_language(English)
     app.connect("config-inited", _configure, priority=970)
     app.connect("env-before-read-docs", lambda *_: _collect_less())

@@ -365,9 +365,9 @@ def _domain():
                 return []
             found = sorted(super().find_obj(
                 env, modname, classname, name, type, searchmode))
-            if len(found) > 1:
-                file = Path(env.srcdir).parent.joinpath(
-                    *(modname or "").split(".")).with_suffix(".py")
+            if len(found) > 1 and modname:
+                path = modname.replace(".", "/") + ".py"
+                file = Path(env.srcdir).parent / path
                 if file.is_file():
                     text = file.read_text(encoding="utf-8")
                     meant = _imported(text, modname).get(name)

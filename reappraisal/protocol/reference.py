@@ -363,15 +363,14 @@ def _domain():
                 self._last = {x.rpartition(".")[2] for x in self.objects}
             if name.removesuffix("()").rpartition(".")[2] not in self._last:
                 return []
-            found = sorted(super().find_obj(
-                env, modname, classname, name, type, searchmode))
-            if len(found) > 1 and modname:
-                path = modname.replace(".", "/") + ".py"
+            found = super().find_obj(
+                env, modname, classname, name, type, searchmode)
+            if len(found) > 1:
+                path = (modname or "").replace(".", "/") + ".py"
                 file = Path(env.srcdir).parent / path
-                if file.is_file():
-                    text = file.read_text(encoding="utf-8")
-                    meant = _imported(text, modname).get(name)
-                    found = [x for x in found if x[0] == meant] or found
+                means = _imported(file.read_text(encoding="utf-8"),
+                                  modname) if file.is_file() else {}
+                found = [x for x in found if x[0] == means.get(name)]
             return found
 
     return Objects

@@ -238,6 +238,7 @@ def _draw_once(app, pagename, templatename, context, doctree):
         finally:
             context["toctree"] = own
 
+    @functools.cache  # it is asked whether there is a list, and then for it
     def generate(**options):
         if (options.get("kind"), options.get("startdepth")) != ("sidebar", 0):
             return drawn(**options)
@@ -249,6 +250,16 @@ def _draw_once(app, pagename, templatename, context, doctree):
             pagename, lambda to: builder.get_relative_uri(pagename, to))
 
     context["generate_toctree_html"] = generate
+
+
+def _draw_before_it_is_used(app):
+    """The theme draws the list in an event of the kind that provides it."""
+    event = "html-page-context"
+    for listener in list(app.events.listeners[event]):
+        if listener.handler.__name__ == "add_toctree_functions":
+            app.disconnect(listener.id)
+            app.connect(event, listener.handler, priority=400)
+            app.connect(event, _draw_once, priority=410)
 
 # %% ../../nbs/protocol/speed.ipynb #cf042958
 def setup(app: Any) -> dict[str, Any]:
@@ -279,7 +290,7 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("config-inited", _configure, priority=970)
     app.connect("env-before-read-docs", lambda *_: _collect_less())
     app.connect("write-started", _write_on_every_core)
-    app.connect("html-page-context", _draw_once, priority=890)
+    app.connect("builder-inited", _draw_before_it_is_used)
     return {"version": "1", "parallel_read_safe": True,
             "parallel_write_safe": True}
 

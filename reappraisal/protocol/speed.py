@@ -254,12 +254,18 @@ def _draw_once(app, pagename, templatename, context, doctree):
 
 def _draw_before_it_is_used(app):
     """The theme draws the list in an event of the kind that provides it."""
-    event = "html-page-context"
-    for listener in list(app.events.listeners[event]):
-        if listener.handler.__name__ == "add_toctree_functions":
-            app.disconnect(listener.id)
-            app.connect(event, listener.handler, priority=400)
-            app.connect(event, _draw_once, priority=410)
+    from sphinx.util import logging
+
+    event, name = "html-page-context", "add_toctree_functions"
+    theirs = [listener for listener in app.events.listeners[event]
+              if getattr(listener.handler, "__name__", "") == name]
+    for listener in theirs:
+        app.disconnect(listener.id)
+        app.connect(event, listener.handler, priority=400)
+        app.connect(event, _draw_once, priority=410)
+    if not theirs and app.builder.format == "html":
+        logging.getLogger(__name__).warning(
+            "the theme has no %s; each page's list is drawn anew", name)
 
 # %% ../../nbs/protocol/speed.ipynb #cf042958
 def setup(app: Any) -> dict[str, Any]:

@@ -279,10 +279,11 @@ class Memory:
         if kept is None or kept["state"] != self._state(
             chapter, kept["modules"]
         ):
-            files = provenance(chapter).files.values()
+            now = provenance(chapter)
             modules = sorted(p.relative_to(chapter.root).as_posix()
-                             for p in files if p.suffix == ".py")
-            kept = {"modules": modules, "why": why_stale(chapter),
+                             for p in now.files.values()
+                             if p.suffix == ".py")
+            kept = {"modules": modules, "why": why_stale(chapter, now),
                     "state": self._state(chapter, modules)}
         self.seen[chapter.name] = kept
         return kept["why"]

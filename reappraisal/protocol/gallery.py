@@ -54,7 +54,7 @@ def thumbnail(png: bytes, folder: Path) -> tuple[str, int, int]:
             folder.mkdir(parents=True, exist_ok=True)
             clear = image.has_transparency_data
             image = image.convert("RGBA" if clear else "RGB")
-            image = image.reduce(max(1, width // (2 * WIDTH)))
+            image = image.reduce(max(1, width // WIDTH))
             image.resize(small).save(path, quality=70, method=2)
     return path.name, *small
 

@@ -19,7 +19,7 @@ from .claims import Claim, conclude, load_claims
 from .criteria import Finding
 from .logic import evaluate, leaves
 from .multiplicity import benjamini_hochberg, holm
-from .provenance import staleness
+from .provenance import Provenance, staleness
 from .verdicts import Verdict, box
 
 # %% auto #0
@@ -420,20 +420,24 @@ def stored_verdicts(path: str | Path) -> list[tuple[Verdict, str]]:
     return found
 
 
-def why_stale(chapter: Chapter) -> str | None:
+def why_stale(
+    chapter: Chapter, now: Provenance | None = None
+) -> str | None:
     """Say what has changed since a chapter's outputs were stored.
 
     Parameters
     ----------
     chapter
         One of the book's.
+    now
+        What they depend on, if it was worked out already.
 
     Returns
     -------
     str or None
         None if nothing has.
     """
-    found = staleness(chapter)
+    found = staleness(chapter, now=now)
     if found.state == "never":
         return "its outputs were not written by `reappraisal run`"
     return ", ".join(found.why) + " changed" if found.why else None

@@ -132,19 +132,20 @@ class References:
     later: frozenset[str]
 
 
-def _walk(node: ast.AST, enter: bool = True) -> Iterator[ast.AST]:
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not enter and isinstance(child, _DOCUMENTED[2:]):
-            continue
-        typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(
-            child.test
-        )
-        if typing:
-            for line in child.orelse:
-                yield from _walk(line, enter)
-        else:
-            yield from _walk(child, enter)
+def _nodes(tree: ast.AST) -> Iterator[tuple[ast.AST, bool]]:
+    """Nodes that run, each with whether only a call runs it."""
+    todo = [(tree, False)]
+    while todo:
+        node, later = todo.pop()
+        yield node, later
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(
+                child.test
+            ):
+                todo += [(line, later) for line in child.orelse]
+            elif child._fields:
+                inside = later or isinstance(child, _DOCUMENTED[2:])
+                todo.append((child, inside))
 
 
 def _absolute(node: ast.ImportFrom, package: str) -> str:
@@ -174,34 +175,34 @@ def references(tree: ast.AST, package: str = "") -> References:
     """
     names: set[str] = set()
     aliases: set[str] = set()
-    for node in _walk(tree):
-        if isinstance(node, ast.Import):
-            for item in node.names:
-                names.add(item.name)
-                if item.name == PACKAGE:
-                    aliases.add(item.asname or PACKAGE)
+    at_once: set[str] = set()
+    attributes: set[tuple[str | None, str]] = set()
+    for node, later in _nodes(tree):
+        if isinstance(node, ast.Attribute):
+            attributes.add((getattr(node.value, "id", None), node.attr))
+        elif isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and _OWN.fullmatch(node.value):
+                names.add(node.value)
+        elif isinstance(node, ast.Import):
+            found = {item.name for item in node.names}
+            names |= found
+            at_once |= set() if later else found
+            aliases.update(item.asname or PACKAGE for item in node.names
+                           if item.name == PACKAGE)
         elif isinstance(node, ast.ImportFrom):
             module = _absolute(node, package)
             names.add(module)
             if module.split(".")[0] == PACKAGE:
                 names.update(f"{module}.{item.name}" for item in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.fullmatch(rf"{PACKAGE}(\.\w+)+", node.value):
-                names.add(node.value)
-    for node in _walk(tree):
-        if isinstance(node, ast.Attribute):
-            if getattr(node.value, "id", None) in aliases:
-                names.add(f"{PACKAGE}.{node.attr}")
+            elif not later:
+                at_once.add(module)
+    names |= {f"{PACKAGE}.{name}" for of, name in attributes if of in aliases}
     own = {name for name in names if name.split(".")[0] == PACKAGE}
     others = names - own - {""}
-    at_once = {name for node in _walk(tree, False) for name in _imported(node)}
     return References(*map(frozenset, (own, others & at_once, others - at_once)))
 
 
-def _imported(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.Import):
-        return [item.name for item in node.names]
-    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+_OWN = re.compile(rf"{PACKAGE}(\.\w+)+")
 
 
 @lru_cache(maxsize=16384)
@@ -594,7 +595,8 @@ def stored(notebook: dict) -> dict:
 
 
 def staleness(
-    chapter: Chapter, any_versions: bool = False, notebook: dict | None = None
+    chapter: Chapter, any_versions: bool = False,
+    notebook: dict | None = None, now: Provenance | None = None,
 ) -> Staleness:
     """Compare a chapter's stored outputs with what is there now.
 
@@ -605,13 +607,15 @@ def staleness(
         Whether outputs made with other versions of the libraries will do.
     notebook : dict, optional
         From `read_notebook`, if it was read already.
+    now : Provenance, optional
+        What the result depends on, if it was worked out already.
 
     Returns
     -------
     Staleness
     """
     book = notebook or read_notebook(chapter.path)
-    record, now = stored(book), provenance(chapter, notebook=book)
+    record, now = stored(book), now or provenance(chapter, notebook=book)
     if "key" not in record:
         return Staleness("never")
     why = [

@@ -10,12 +10,13 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['Surface', 'surface', 'surfaces', 'page', 'write_pages', 'index', 'prepared', 'short_defaults', 'setup']
+__all__ = ['Surface', 'surface', 'surfaces', 'page', 'write_pages', 'index', 'prepared', 'short_defaults', 'imported', 'setup']
 
 # %% ../../nbs/protocol/reference.ipynb #89bff244
 @dataclass(frozen=True)
@@ -77,7 +78,12 @@ def surface(path: str | Path, module: str) -> Surface:
     ValueError
         If ``__all__`` has a name that the module does not define.
     """
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return _surface(Path(path).read_text(encoding="utf-8"), str(path), module)
+
+
+@lru_cache(maxsize=1024)
+def _surface(text, path, module):
+    tree = ast.parse(text)
     kinds: dict[str, str] = {}
     public: list[str] = []
     printed = set()
@@ -318,6 +324,57 @@ def short_defaults(signature: str) -> str:
         ]
     return f"({ast.unparse(arguments)})"
 
+# %% ../../nbs/protocol/reference.ipynb #0d2ac123
+def imported(text: str, module: str) -> dict[str, str]:
+    """What a module's imported names stand for.
+
+    Parameters
+    ----------
+    text
+        Its source.
+    module
+        Its full name.
+
+    Returns
+    -------
+    dict of str to str
+        Name to full name where it is defined.
+    """
+    return {
+        alias.asname or alias.name: f"{_absolute(node, module)}.{alias.name}"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+
+
+_imported = lru_cache(maxsize=1024)(imported)
+
+
+def _domain():
+    from sphinx.domains.python import PythonDomain
+
+    class Objects(PythonDomain):
+        """Finds objects of the package by the names in its docstrings."""
+
+        def find_obj(self, env, modname, classname, name, type,
+                     searchmode=0):
+            if getattr(self, "_of", None) != len(self.objects):
+                self._of = len(self.objects)
+                self._last = {x.rpartition(".")[2] for x in self.objects}
+            if name.removesuffix("()").rpartition(".")[2] not in self._last:
+                return []
+            found = super().find_obj(
+                env, modname, classname, name, type, searchmode)
+            if len(found) > 1:
+                path = (modname or "").replace(".", "/") + ".py"
+                file = Path(env.srcdir).parent / path
+                means = _imported(file.read_text(encoding="utf-8"),
+                                  modname) if file.is_file() else {}
+                found = [x for x in found if x[0] == means.get(name)]
+            return found
+
+    return Objects
+
 # %% ../../nbs/protocol/reference.ipynb #4daa920d
 def setup(app: Any) -> dict[str, Any]:
     """Register the extension with Sphinx.
@@ -348,6 +405,7 @@ def setup(app: Any) -> dict[str, Any]:
 
     for name in ("sphinx.ext.autodoc", "sphinx.ext.napoleon"):
         app.setup_extension(name)
+    app.add_domain(_domain(), override=True)
     app.add_directive("modules", Modules)
     app.connect("config-inited", _configure, priority=950)
     app.connect("autodoc-process-docstring", _prepare, priority=100)

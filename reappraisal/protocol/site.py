@@ -83,7 +83,6 @@ def setup(app: Any) -> dict[str, Any]:
 
     app.add_directive("parity", Parity)
     app.connect("builder-inited", _use_every_core)
-    app.connect("html-page-context", _list_titles)
     app.connect("html-page-context", _no_live_code, priority=999)
     app.connect("build-finished", _write_downloads)
     return {"version": "1", "parallel_read_safe": True,
@@ -100,34 +99,6 @@ def _use_every_core(app):
                        else os.cpu_count() or 1)
     for name in _SILENT & app.extensions.keys():
         app.extensions[name].parallel_read_safe = True
-
-
-def _titles(app):
-    """Tables of contents without sections, where no pages are below them."""
-    if not hasattr(app, "reappraisal_titles"):
-        env = app.env
-        app.reappraisal_titles = kept = dict(env.tocs)
-        for doc in kept.keys() - env.toctree_includes.keys():
-            kept[doc] = toc = env.tocs[doc].deepcopy()
-            for item in toc:
-                del item[1:]
-    return app.reappraisal_titles
-
-
-def _list_titles(app, pagename, templatename, context, doctree):
-    """Let the list of pages be made from titles alone."""
-    listed, env = context["toctree"], app.env
-
-    def toctree(**how):
-        if not how.get("titles_only"):
-            return listed(**how)
-        whole, env.tocs = env.tocs, _titles(app)
-        try:
-            return listed(**how)
-        finally:
-            env.tocs = whole
-
-    context["toctree"] = toctree
 
 
 def _no_live_code(app, pagename, templatename, context, doctree):

@@ -283,3 +283,19 @@ def test_one_label_for_the_whole_figure_is_enough():
         lp.captioned(fig, caption="c", alt="a")
     fig.supylabel("loss (nats)")
     assert lp.captioned(fig, caption="c", alt="a")
+
+
+def test_rare_hues_stay_themselves_among_many_shades(ax):
+    ax.set(xlabel="arm", ylabel="share")
+    for k, colour in enumerate(lp.PALETTE.values()):
+        ax.bar(k, 1 + k, color=colour, alpha=0.3)
+        ax.plot([k], [k + 1.5], "x", color=colour)
+    bundle = lp.captioned(ax.figure, caption="c", alt="a")
+    png = base64.b64decode(bundle._repr_mimebundle_()["image/png"])
+    seen = np.unique(
+        np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).reshape(-1, 3),
+        axis=0,
+    )
+    for colour in lp.PALETTE.values():
+        wanted = 255 * np.array(to_rgb(colour))
+        assert np.abs(seen - wanted).max(1).min() < 12, colour

@@ -341,8 +341,12 @@ def captioned(fig, *, caption: str, alt: str) -> CaptionedFigure:
     fig.savefig(raw, format="png", dpi=100 if photo else 144)
     picture = Image.open(raw).convert("RGB")
     if not photo:  # a palette is plenty for ink, at a third of the bytes
-        shades = 256 if images else 64
-        picture = picture.quantize(shades, dither=Image.Dither.NONE)
+        # by how far colours lie apart; by how often they occur, thin lines
+        # of another hue would go under
+        picture = picture.quantize(
+            256 if images else 96, Image.Quantize.MAXCOVERAGE,
+            dither=Image.Dither.NONE,
+        )
     small = io.BytesIO()
     picture.save(small, format="png", optimize=True)
     width = round(100 * fig.get_figwidth())

@@ -170,7 +170,10 @@ class Claim:
         RegistrationError
             If a registration is malformed.
         """
-        claims = load_claims(directory)
+        paper = load_papers(directory).get(id.partition("/")[0])
+        claims = load_claims(directory, paper.room) if paper else {}
+        if id not in claims:  # then look everywhere
+            claims = load_claims(directory)
         if id not in claims:
             near = get_close_matches(id, claims, n=3, cutoff=0.4)
             raise KeyError(

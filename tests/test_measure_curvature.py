@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -784,3 +785,20 @@ def test_gauss_newton_diagonal_where_softmax_saturates(scale):
         got.double(), (want / len(x)).detach(), rtol=1e-3,
         atol=1e-5 * float(want.detach().max()) / len(x),
     )
+
+
+def test_threads_do_not_disturb_each_other():
+    nets = Ensemble.of([models.mlp([6, 8, 3], seed=s) for s in range(3)])
+    g = torch.Generator().manual_seed(0)
+    data = torch.randn(40, 6, generator=g), torch.arange(40) % 3
+
+    def both(_):
+        A = mc.hessian(nets, data, "cross_entropy")
+        return mc.top_eigenvalues(A, seed=0).values, mc.hessian_trace(
+            nets, data, "cross_entropy", method="hutchinson", products=8
+        ).estimate
+
+    alone = both(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(both, range(12)):
+            assert all(map(torch.equal, found, alone))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
+from threading import RLock
 from typing import Any
 
 import torch
@@ -903,10 +904,20 @@ def hessian(
     return found
 
 
+# PyTorch counts nested forward derivatives for all threads together
+_FORWARD = RLock()
+
+
+def _along(function: Callable, theta: Tensor, v: Tensor):
+    """A function's value and its derivative along v, in one thread a time."""
+    with _FORWARD:
+        return jvp(function, (theta,), (v,))
+
+
 def _bent(function: Callable, theta: Tensor, v: Tensor) -> Tensor:
     """The Hessian of a scalar function times v, both [P]."""
     try:
-        return jvp(grad(function), (theta,), (v,))[1]
+        return _along(grad(function), theta, v)[1]
     except RuntimeError:  # an operation without forward derivatives
         return vjp(grad(function), theta)[1](v)[0]
 
@@ -950,9 +961,9 @@ def gauss_newton(
         def f(t):
             return objective.outputs(t, rest, x)
 
-        out, along = jvp(f, (theta,), (v,))
+        out, moved = _along(f, theta, v)
         slope = grad(lambda o: objective.criterion(o, y).sum())
-        bent = vjp(slope, out)[1](along)[0]
+        bent = vjp(slope, out)[1](moved)[0]
         return vjp(f, theta)[1](bent)[0]
 
     return _streamed(objective, one, "Gauss-Newton")
@@ -986,8 +997,8 @@ def empirical_fisher(
         def values(t):
             return objective.losses(t, rest, x, y)
 
-        along = jvp(values, (theta,), (v,))[1]
-        return vjp(values, theta)[1](along)[0]
+        moved = _along(values, theta, v)[1]
+        return vjp(values, theta)[1](moved)[0]
 
     return _streamed(objective, one, "empirical Fisher")
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 
 from reappraisal.measure.curvature import (
     Estimate,
     Objective,
+    _along,
     _objective,
     gauss_newton,
     hessian_trace,
@@ -257,7 +258,7 @@ def fisher_rao(
             def values(t):
                 return objective.losses(t, rest, x, y)
 
-            return jvp(values, (theta,), (theta,))[1].square().sum()
+            return _along(values, theta, theta)[1].square().sum()
 
         total = total + objective.each(one, objective.theta)
         count += len(x)

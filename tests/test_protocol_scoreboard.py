@@ -48,6 +48,7 @@ def test_the_form_of_the_downloads_is_a_promise():
         "verdict", "label", "scale", "criterion", "measure", "unit",
         "estimate", "lo", "hi", "level", "size", "control", "p", "p_holm",
         "p_bh", "power", "n", "amended", "seconds", "registration",
+        "paper_scale",
     ]
 
 
@@ -196,3 +197,11 @@ def test_thumbnails_are_small_and_keep_their_shape(tmp_path, mode, width,
         assert small.size == (figure.width, figure.height)
         assert small.width == min(width, WIDTH)
         assert abs(small.width / small.height - width / height) < 0.02
+
+
+def test_a_run_at_paper_scale_stands_beside_the_verdict(board):
+    assert board.larger
+    kept = {r["claim"]: r["paper_scale"] for r in rows(board)
+            if r["paper_scale"]}
+    assert kept == {k: v.label for k, v in board.larger.items()}
+    assert table(board, href).count("paper: ") == len(kept)

@@ -17,6 +17,7 @@ from typing import Any
 
 from .book import Chapter, chapters, read_notebook
 from .ledger import Entry, Ledger, why_stale
+from .paper_scale import at_paper_scale
 from .papers import Paper, load_papers, read_yaml
 from reappraisal.protocol.provenance import (
     digest,
@@ -24,7 +25,7 @@ from reappraisal.protocol.provenance import (
     provenance,
     versions,
 )
-from .verdicts import VERDICTS
+from .verdicts import VERDICTS, Verdict
 
 #: Rooms that hold instruments rather than findings, from the bottom up.
 TOOLKIT = ("protocol", "lab", "measure", "intervene", "practice")
@@ -172,6 +173,17 @@ class Board:
         later = [room for room, _ in papers.most_common()
                  if room not in begun]
         return (*begun, *later)
+
+    @cached_property
+    def larger(self) -> dict[str, Verdict]:
+        """Verdicts of one run at paper scale, by the claim's id."""
+        found: dict[str, Verdict] = {}
+        for notebook in dict.fromkeys(e.notebook for e in self.ledger.entries):
+            path = notebook.with_name(f"{notebook.stem}_paper.json")
+            if path.exists():
+                rules = notebook.parents[2] / "registrations"
+                found |= at_paper_scale(path, (), rules).kept
+        return found
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:

@@ -67,6 +67,8 @@ COLUMNS = {
                "registered",
     "seconds": "wall time of the experiment",
     "registration": "hash of the rule that judged",
+    "paper_scale": "the verdict of one run at paper scale, kept beside the "
+                   "book's; empty if there was none",
 }
 
 # %% ../../nbs/protocol/scoreboard.ipynb #da60f35c
@@ -99,11 +101,13 @@ def rows(board: Board) -> list[dict[str, Any]]:
         lines = []
         for e in board.entries.get(paper.id, []):
             row, first = board.rows[e.claim.id], e.primary
+            larger = board.larger.get(e.claim.id)
             lines.append(
                 {name: row.get(name) for name in COLUMNS} | about | {
                     "criterion": first["name"], "size": size(first),
                     "page": f"{page}#{e.claim.anchor}",
                     "control": e.verdict.record["control"]["outcome"],
+                    "paper_scale": larger.label if larger else None,
                 }
             )
         lines += [empty | {"claim": id, "verdict": TO_RUN}
@@ -304,6 +308,10 @@ def _claim(board, e, href):
         return f'<td data-c="{name}"{value}>{text}</td>'
 
     amended = ", amended" if row["amended"] else ""
+    larger = board.larger.get(e.claim.id)
+    if larger:
+        amended += (f'<div class="rp-facts">paper: '
+                    f"{badge(larger.verdict, larger.label)}</div>")
     return (
         f'<tr class="rp-claim" data-verdict="{row["verdict"]}">'
         f'<th scope="row"><a href="{escape(address)}">'

@@ -204,4 +204,4 @@ def test_a_run_at_paper_scale_stands_beside_the_verdict(board):
     kept = {r["claim"]: r["paper_scale"] for r in rows(board)
             if r["paper_scale"]}
     assert kept == {k: v.label for k, v in board.larger.items()}
-    assert table(board, href).count("paper: ") == len(kept)
+    assert table(board, href).count("at paper scale: ") == len(kept)

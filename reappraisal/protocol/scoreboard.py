@@ -308,10 +308,10 @@ def _claim(board, e, href):
         return f'<td data-c="{name}"{value}>{text}</td>'
 
     amended = ", amended" if row["amended"] else ""
-    larger = board.larger.get(e.claim.id)
+    larger, beside = board.larger.get(e.claim.id), ""
     if larger:
-        amended += (f'<div class="rp-facts">paper: '
-                    f"{badge(larger.verdict, larger.label)}</div>")
+        said = badge(larger.verdict, larger.label.partition(":")[0])
+        beside = f'<div class="rp-facts">at paper scale: {said}</div>'
     return (
         f'<tr class="rp-claim" data-verdict="{row["verdict"]}">'
         f'<th scope="row"><a href="{escape(address)}">'
@@ -319,7 +319,7 @@ def _claim(board, e, href):
         f'<td colspan="4">{escape(row["statement"])}</td>'
         f'<td data-c="verdict" data-v="{-order}"><a href="{escape(address)}" '
         f'aria-label="{escape(row["label"])}: {escape(e.claim.id)}">'
-        f'{badge(row["verdict"], row["label"])}</a></td>'
+        f'{badge(row["verdict"], row["label"])}</a>{beside}</td>'
         f'<td data-c="effect"{relative}>{escape(effect_text(first))}</td>'
         + number("p_holm", p_text(row["p_holm"]))
         + number("p_bh", p_text(row["p_bh"]))

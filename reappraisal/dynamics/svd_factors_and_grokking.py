@@ -10,7 +10,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,6 +37,7 @@ from reappraisal.lab.ensemble import (
     fit,
 )
 from ..lab.models import generator
+from ..lab.parts import run_parts
 from ..lab.synthetic import modular
 from reappraisal.protocol.statistics import (
     Interval,
@@ -319,8 +319,7 @@ class PairLoss:
         Z.mul_((w / total)[:, None]).scatter_add_(1, y[:, None], -w[:, None])
         G = scores.copy_(Z)
         to_W, to_c = torch.bmm(G, H), G.sum(2)
-        torch.bmm(G.mT, W, out=D)
-        torch.ops.aten.threshold_backward.grad_input(D, H, 0, grad_input=D)
+        torch.bmm(G.mT, W, out=D).mul_(H.sign_())
         D = D.view(S, p, p, h)
         return loss, aux, (D.sum(2), D.sum(1), to_W, to_c)
 
@@ -877,26 +876,23 @@ def run_all(
     jobs
         Key to the arguments of `run_arm`.
     workers
-        Threads; by default as many as PyTorch was using.
+        Processes; by default as many as PyTorch has threads. A network is
+        trained by one thread, so the numbers do not depend on how many.
 
     Returns
     -------
     dict
         Key to `Run`, in the order of `jobs`.
     """
-    before = torch.get_num_threads()
-    workers = workers or before
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            waiting = {
-                k: pool.submit(run_arm, **job) for k, job in jobs.items()
-            }
-            return {k: job.result() for k, job in waiting.items()}
-    finally:
-        torch.set_num_threads(before)
+    found = run_parts(
+        _run_job, jobs.values(), names=list(map(str, jobs)),
+        workers=workers or torch.get_num_threads(),
+    )
+    return dict(zip(jobs, found, strict=True))
+
+
+def _run_job(job: Mapping[str, Any]) -> Run:
+    return run_arm(**job)
 
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #24c28b21
 RATES, DECAYS = (0.003, 0.01, 0.03, 0.1), (0.1, 0.3, 1.0, 3.0)

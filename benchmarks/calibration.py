@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -24,25 +23,11 @@ from pathlib import Path
 
 import torch
 import torchmetrics
+from machine import machine
 from torchmetrics.classification import MulticlassCalibrationError
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from reappraisal.measure.calibration import ece
-
-
-def machine() -> dict:
-    """What the numbers depend on, without saying whose machine it is."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [x.split(":")[1].strip() for x in lines if "model name" in x]
-        model = models[0] if models else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "load": round(os.getloadavg()[0], 2),
-    }
 
 
 def case(members: int, samples: int, classes: int) -> tuple:

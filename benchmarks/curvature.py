@@ -36,6 +36,7 @@ from pathlib import Path
 import pyhessian
 import torch
 import torch.nn.functional as F
+from machine import machine
 from torch import nn
 
 from reappraisal.measure.curvature import (
@@ -45,23 +46,6 @@ from reappraisal.measure.curvature import (
     top_eigenvalues,
     trace,
 )
-
-
-def machine() -> dict:
-    """What the numbers depend on, without saying whose machine it is."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [x.split(":")[1].strip() for x in lines if "model name" in x]
-        model = models[0] if models else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-        "load": [round(v, 2) for v in os.getloadavg()],
-    }
-
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
@@ -186,7 +170,7 @@ def main() -> None:
     global clock
     clock = CLOCKS[args.clock]
     torch.set_num_threads(args.threads)
-    started = machine()
+    started = machine(torch.get_num_threads())
     net, x, y = problem(args.samples, args.train)
     A = hessian(net, (x, y))
     reference = top_eigenvalues(A, tol=1e-7).values.item()

@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from machine import machine
 
 from reappraisal.lab.data import load
 from reappraisal.lab.ensemble import SGD, Batches, Ensemble, train
@@ -39,24 +40,6 @@ from reappraisal.lab.models import mlp
 SIZES = [64, 64, 64, 10]
 LR, MOMENTUM = 0.05, 0.9
 FULL = 1437
-
-
-def machine() -> dict:
-    """What the numbers depend on, without saying whose machine it is."""
-    model, memory = platform.processor() or platform.machine(), 0
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [x.split(":")[1].strip() for x in lines if "model name" in x]
-        model = models[0] if models else model
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory = round(pages / 2**30)
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_gib": memory,
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def versions() -> dict:
@@ -315,7 +298,7 @@ def main() -> None:
         "schema": "reappraisal.benchmark/1",
         "what": "training 32 MLPs 64-64-64-10 on 8x8 digits, "
         "SGD with momentum, float32",
-        "machine": machine(),
+        "machine": machine(torch.get_num_threads()),
         "versions": versions(),
         "comparisons": [],
     }

@@ -31,7 +31,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import platform
 import statistics
 import time
@@ -42,6 +41,7 @@ from pathlib import Path
 import ckatorch
 import torch
 import torch_cka
+from machine import machine
 from torch import nn
 
 from reappraisal.measure.representation import cka_matrix
@@ -49,22 +49,6 @@ from reappraisal.measure.representation import cka_matrix
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
 BATCH = 250
-
-
-def machine() -> dict:
-    """What the numbers depend on, without saying whose machine it is."""
-    model = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [x.split(":")[1].strip() for x in lines if "model name" in x]
-        model = models[0] if models else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-    }
 
 
 def network(widths, samples: int, seed: int) -> list[torch.Tensor]:
@@ -235,7 +219,7 @@ def main() -> None:
     global clock
     clock = CLOCKS[a.clock]
     torch.set_num_threads(a.threads)
-    started, best, width = machine(), peak(), a.width
+    started, best, width = machine(torch.get_num_threads()), peak(), a.width
     flat, narrow = [width] * 20, [width // 4] * 20
     mixed = [width // 8, width // 4, width // 2, width] * 5
     first = network(flat, a.samples, 1)

@@ -30,6 +30,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from machine import machine
+
 from reappraisal.protocol import execute
 from reappraisal.protocol.book import parameters_of, read_notebook, select
 from reappraisal.protocol.cache import Store
@@ -177,19 +179,6 @@ def wait_for_quiet(patience: float) -> float:
     while os.getloadavg()[0] > 0.3 and time.monotonic() < end:
         time.sleep(5)
     return os.getloadavg()[0]
-
-
-def machine() -> dict:
-    """What the numbers depend on, without saying whose machine it is."""
-    model, memory = platform.processor() or platform.machine(), 0
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [x.split(":")[1].strip() for x in lines if "model name" in x]
-        model = models[0] if models else model
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory = round(pages / 2**30)
-    return {"cpu": model, "cores": os.cpu_count(), "memory_gib": memory,
-            "system": platform.system()}
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from threading import Thread
 
 import numpy as np
 import yaml
-from runner import machine
+from machine import machine
 
 from reappraisal.protocol.book import chapters, code_cells, read_notebook
 from reappraisal.protocol.claims import Claim, register

@@ -37,6 +37,7 @@ import numpy as np
 import scipy
 import scipy.linalg
 import torch
+from machine import machine
 
 from reappraisal.measure.spectra import analyse_weights, slices
 
@@ -61,22 +62,6 @@ def resnet50(seed: int = 0, width: int = 64) -> dict[str, torch.Tensor]:
         f"{k}.weight": torch.randn(s, generator=g)
         * (2 / np.prod(s[1:])) ** 0.5
         for k, s in shapes.items()
-    }
-
-
-def machine() -> dict:
-    """What the numbers depend on, without saying whose machine it is."""
-    model = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [x.split(":")[1].strip() for x in lines if "model name" in x]
-        model = models[0] if models else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
     }
 
 
@@ -118,7 +103,7 @@ def main(
     repeat: int, width: int, threads: int, clock: str, out: Path
 ) -> None:
     torch.set_num_threads(threads)
-    now, started = CLOCKS[clock], machine()
+    now, started = CLOCKS[clock], machine(torch.get_num_threads())
     state = resnet50(width=width)
     contenders = {
         "ours": ours, "weightwatcher": weightwatcher,

@@ -51,7 +51,7 @@ from reappraisal.compression.compression_functional_perspective import (
     taught,
     views,
 )
-from reappraisal.lab.ensemble import untrained
+from reappraisal.lab.ensemble import Ensemble, untrained
 from reappraisal.protocol.claims import Claim
 
 N = 32
@@ -565,6 +565,10 @@ def test_as_many_strangers_as_parents(setup, parents):
     two = grow(setup, TINY[:2], TINY[:2])
     with pytest.raises(ValueError, match="strangers"):
         frontier(parents, {}, setup.check, setup.test, two)
+    modules = [parents.member(i) for i in range(3)]
+    with pytest.raises(ValueError, match="strangers: 1 for 3"):
+        frontier(Ensemble.of(modules), {}, setup.check, setup.test,
+                 Ensemble.of(modules[:1]))
 
 
 def test_one_parent_needs_a_stranger(setup, parents):

@@ -551,10 +551,10 @@ def frontier(
         tables, size = twin_distances(old[1]), len(old[1].logits)
         far = {m: (tables[m].sum(1) / (size - 1)).numpy() for m in METRICS}
     else:
-        if len(strangers.seeds) != len(parents.seeds):
+        if len(strangers) != len(parents):
             raise ValueError(
-                f"strangers: {len(strangers.seeds)} for "
-                f"{len(parents.seeds)} parents; as many are accepted"
+                f"strangers: {len(strangers)} for {len(parents)} parents; "
+                "as many are accepted"
             )
         far = distances(old[1], read_outputs(strangers, test))
     children = []

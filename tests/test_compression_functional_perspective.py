@@ -46,11 +46,12 @@ from reappraisal.compression.compression_functional_perspective import (
     pruned,
     published,
     quantised,
+    routes,
     same_accuracy,
     taught,
     views,
 )
-from reappraisal.lab.ensemble import untrained
+from reappraisal.lab.ensemble import Ensemble, untrained
 from reappraisal.protocol.claims import Claim
 
 N = 32
@@ -329,7 +330,7 @@ def test_identity_in_place_of_compression(setup, parents):
             assert front.point(front[name], m) <= bound
 
 
-def test_labels_without_meaning_make_every_child_a_stranger(setup):
+def test_labels_without_meaning_part_strangers_but_not_rounding(setup):
     """With shuffled labels a network and its stranger differ by chance."""
     rng = torch.Generator().manual_seed(0)
     x, y = setup.train
@@ -342,6 +343,58 @@ def test_labels_without_meaning_make_every_child_a_stranger(setup):
     assert front.accuracy.mean() < 0.3
     assert front.far["disagreement"].mean() > 0.5
     assert front.point(front["quantised 8"]) < 0.2
+
+
+def test_the_verdict_turns_when_nobody_teaches():
+    """The mechanism disabled, with trained networks and the real rule."""
+    short = bench("digits", epochs=3)
+    nets = published(short, SEEDS, ("stranger", "third"))
+    base = nets["base"]
+    copy = grow(short, base, away(SEEDS, "student"), teacher=base,
+                temperature=3.0)
+    own = away([s + 100 for s in SEEDS], "fresh")
+    alone = grow(short, own, own)
+
+    def judged(students):
+        front = frontier(
+            base,
+            {"student": {k: taught(v) for k, v in students.items()},
+             "control": {"third": taught(nets["third"]),
+                         "copy": taught(copy)}},
+            short.check, short.test, nets["stranger"],
+        )
+        return verdict(KD, evidence_published(front))
+
+    names = [f"alpha {a}" for a in ALPHAS]
+    assert judged({k: nets[k] for k in names}) == "not reproduced"
+    assert judged(dict.fromkeys(names, alone)) == "reproduced"
+    # and a parent in its own place is no student at all
+    assert judged(dict.fromkeys(names, base)) == "not reproduced"
+
+
+def test_without_the_factor_a_share_is_a_smaller_share(setup, parents):
+    order = away(TINY, "student")
+    listening = dict(teacher=parents, temperature=3.0)
+    bare = grow(setup, TINY, order, alpha=0.5, kind="cross_entropy",
+                **listening)
+    scaled = grow(setup, TINY, order, alpha=0.1, **listening)
+    other = grow(setup, TINY, order, alpha=0.5, **listening)
+    x = setup.test[0]
+    same, different = (
+        (bare.predict(x) - n.predict(x)).abs().max() for n in (scaled, other)
+    )
+    assert same < 0.2 * different
+
+
+def test_an_epoch_moves_by_its_rate():
+    found = bench("digits", epochs=3)
+    parents = grow(found, TINY, TINY)
+    recipes = routes(found, TINY)
+    some = {k: recipes["control"][k]
+            for k in ("one epoch more", "0 %, slow epoch")}
+    front = frontier(parents, {"control": some}, found.check, found.test)
+    fast, slow = (front.point(front[f"control {k}"]) for k in some)
+    assert 0 < slow < fast
 
 
 def test_frontier_leaves_parents_and_equals_a_loop(setup, parents):
@@ -493,7 +546,10 @@ def test_maps_and_frontier_show_the_same_networks():
     [
         (lambda: bench("cifar"), "data, kind"),
         (lambda: bench("digits", "vit"), "data, kind"),
+        (lambda: away(TINY, "uncle"), "role.*'uncle'.*'stranger'"),
+        (lambda: family(bench("digits"), TINY, "deep"), "depth.*'deep'"),
         (lambda: planted(0.1, 1.0)["pruned 99 %"], "name"),
+        (lambda: planted(0.1, 1.0).area("folded"), "technique.*'folded'"),
         (lambda: deviation(0.5, 0.0), "base"),
         (lambda: eta_squared([1.0, 1.0], ["a", "b"]), "values, groups"),
         (lambda: eta_squared([1.0, 2.0], ["a"]), "values, groups"),
@@ -509,6 +565,26 @@ def test_as_many_strangers_as_parents(setup, parents):
     two = grow(setup, TINY[:2], TINY[:2])
     with pytest.raises(ValueError, match="strangers"):
         frontier(parents, {}, setup.check, setup.test, two)
+    modules = [parents.member(i) for i in range(3)]
+    with pytest.raises(ValueError, match="strangers: 1 for 3"):
+        frontier(Ensemble.of(modules), {}, setup.check, setup.test,
+                 Ensemble.of(modules[:1]))
+
+
+def test_one_parent_needs_a_stranger(setup, parents):
+    with pytest.raises(ValueError, match="strangers: none for one parent"):
+        frontier(parents[:1], {}, setup.check, setup.test)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [lambda p: p, lambda p: (p, 0.0), lambda p: (p[:2], 1.0),
+     lambda p: (p.member(0), 1.0)],
+    ids=["no bits", "zero bits", "fewer children", "a module"],
+)
+def test_a_recipe_that_gives_something_else_is_named(setup, parents, recipe):
+    with pytest.raises(ValueError, match="'mine'.* 3 children"):
+        frontier(parents, {"mine": {"": recipe}}, setup.check, setup.test)
 
 
 def test_chance_gives_the_published_collapse():

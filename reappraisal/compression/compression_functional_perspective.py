@@ -30,13 +30,13 @@ from ..measure.reading import Outputs, read_outputs
 from ..protocol.statistics import Interval, ratio_of_means
 
 # %% auto #0
-__all__ = ['EPOCHS', 'BATCH', 'RATE', 'WIDTHS', 'METRICS', 'Recipe', 'OFFSET', 'ALPHAS', 'BITS', 'SHARES', 'TUNED', 'BUDGETS',
-           'COMPRESSED', 'SHORT', 'Bench', 'bench', 'grow', 'apart', 'permute_first', 'mixup', 'distances', 'Child',
-           'Frontier', 'frontier', 'quantised', 'pruned', 'low_rank', 'taught', 'deviation', 'eta_squared',
-           'group_means', 'landscape', 'end_ratios', 'trajectory', 'Maps', 'maps', 'away', 'published', 'attacks',
-           'fresh', 'matched_function', 'routes', 'epochs_of', 'family', 'lineage', 'views', 'evidence_landscape',
-           'evidence_deviation', 'pair', 'evidence_home', 'evidence_published', 'evidence_fresh', 'same_accuracy',
-           'evidence_transfer', 'pool', 'evidence_blind', 'evidence_shared']
+__all__ = ['EPOCHS', 'BATCH', 'RATE', 'WIDTHS', 'METRICS', 'Recipe', 'OFFSET', 'ALPHAS', 'BITS', 'SHARES', 'SLOW', 'TUNED',
+           'BUDGETS', 'COMPRESSED', 'SHORT', 'Bench', 'bench', 'grow', 'apart', 'permute_first', 'mixup', 'distances',
+           'Child', 'Frontier', 'made', 'frontier', 'quantised', 'pruned', 'low_rank', 'taught', 'deviation',
+           'eta_squared', 'group_means', 'landscape', 'end_ratios', 'trajectory', 'Maps', 'maps', 'away', 'published',
+           'attacks', 'fresh', 'matched_function', 'routes', 'epochs_of', 'family', 'lineage', 'views',
+           'evidence_landscape', 'evidence_deviation', 'pair', 'evidence_home', 'evidence_published', 'evidence_fresh',
+           'same_accuracy', 'evidence_transfer', 'pool', 'evidence_blind', 'evidence_shared']
 
 # %% ../../nbs/compression/compression_functional_perspective.ipynb #c008
 EPOCHS, BATCH, RATE = 12, 32, 3e-3
@@ -387,9 +387,19 @@ class Frontier:
         Returns
         -------
         float
+
+        Raises
+        ------
+        ValueError
+            For an unknown technique.
         """
         total, last = 0.0, 0.0
         rows = self.of(technique)
+        if not rows:
+            raise ValueError(
+                f"technique: got {technique!r}; {self.techniques} are "
+                "accepted"
+            )
         for i, child in enumerate(rows):
             best = min(self.point(c, metric) for c in rows[i:])
             here = math.log2(self.compression(child))
@@ -450,6 +460,7 @@ class Frontier:
                 continue
             x = [self.compression(c) for c in rows]
             y = [max(self.point(c, metric), least) for c in rows]
+            mark = "os^vDPX"[k % 7]
             line = "-" if max(x) > min(x) else "none"
             ax.plot(x, y, ls=line, lw=1, color=colour, alpha=0.6)
             each = np.stack([c.distance[metric] for c in rows]) / far
@@ -459,9 +470,9 @@ class Frontier:
             kept = [100 * c.check.mean() >= -pp - 1e-9 for c in rows]
             for full in (False, True):
                 some = [i for i, k in enumerate(kept) if k == full]
-                ax.plot([x[i] for i in some], [y[i] for i in some], "o",
+                ax.plot([x[i] for i in some], [y[i] for i in some], mark,
                         ms=5, mec=colour, mfc=colour if full else "w")
-            ax.plot([], [], "o", ms=5, mec=colour, label=technique,
+            ax.plot([], [], mark, ms=5, mec=colour, label=technique,
                     mfc=colour if any(kept) else "w")
         ax.axhline(1, color=INK, lw=1, ls="--")
         ax.set(xscale="log", yscale="log", ylabel=f"ratio, {metric}",
@@ -480,6 +491,21 @@ class Frontier:
 
 # %% ../../nbs/compression/compression_functional_perspective.ipynb #c017
 Recipe = Callable[[Ensemble], tuple[Ensemble, float]]
+
+
+def made(
+    recipe: Recipe, parents: Ensemble, name: str
+) -> tuple[Ensemble, float]:
+    """What a recipe gives, or a ValueError that names it."""
+    match recipe(parents):
+        case (Ensemble() as model, bits) if (
+            len(model) == len(parents) and bits > 0
+        ):
+            return model, float(bits)
+    raise ValueError(
+        f"recipes: {name.strip()!r} gave something else; an Ensemble of "
+        f"{len(parents)} children and their bits, above 0, are accepted"
+    )
 
 
 def frontier(
@@ -512,30 +538,36 @@ def frontier(
     ------
     ValueError
         If there are not as many strangers as parents, only one parent and no
-        stranger, or data do not fit.
+        stranger, a recipe gives something else than as many children and
+        their bits, or data do not fit.
     """
+    if strangers is None and len(parents) < 2:
+        raise ValueError(
+            "strangers: none for one parent; a network trained independently "
+            "of it is needed"
+        )
     old = [read_outputs(parents, part) for part in (check, test)]
     if strangers is None:
         tables, size = twin_distances(old[1]), len(old[1].logits)
         far = {m: (tables[m].sum(1) / (size - 1)).numpy() for m in METRICS}
     else:
-        if len(strangers.seeds) != len(parents.seeds):
+        if len(strangers) != len(parents):
             raise ValueError(
-                f"strangers: {len(strangers.seeds)} for "
-                f"{len(parents.seeds)} parents; as many are accepted"
+                f"strangers: {len(strangers)} for {len(parents)} parents; "
+                "as many are accepted"
             )
         far = distances(old[1], read_outputs(strangers, test))
     children = []
     for technique, settings in recipes.items():
         for setting, recipe in settings.items():
-            model, bits = recipe(parents)
+            model, bits = made(recipe, parents, f"{technique} {setting}")
             new = [read_outputs(model, part) for part in (check, test)]
             gains = [
                 (b.accuracy - a.accuracy).double().cpu().numpy()
                 for a, b in zip(old, new, strict=True)
             ]
             children.append(Child(
-                technique, setting, float(bits), *gains,
+                technique, setting, bits, *gains,
                 distances(old[1], new[1]),
             ))
     bits = footprint(parents.member(0)).stored_bits
@@ -817,12 +849,15 @@ OFFSET = {  # of seeds, so that no two roles share one
 ALPHAS = (0.1, 0.5, 0.9)
 BITS = (16, 8, 6, 5, 4, 3)
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SLOW = (0.0, 0.3, 0.5, 0.7)
 TUNED = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 BUDGETS = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2)
 
 
 def away(seeds: Iterable[int], role: str) -> list[int]:
-    """Seeds of another role."""
+    """Seeds of another role; ValueError if there is no such role."""
+    if role not in OFFSET:
+        raise ValueError(f"role: got {role!r}; {[*OFFSET]} are accepted")
     return [s + OFFSET[role] for s in seeds]
 
 
@@ -881,7 +916,7 @@ def attacks(
     dict from name to Ensemble
         "no teacher"; "alpha 0.9, T=1" and "T=4"; "permuted" first layer,
         "longer" (four times) and "faster" (rate 0.01) without a teacher;
-        "copy", which starts from the trained base; "no factor": alpha 0.5
+        "copy", which starts from the trained base; "no factor": alpha 0.1
         and T=3, the teacher's term without T squared.
     """
     order, own = away(seeds, "student"), list(seeds)
@@ -903,7 +938,7 @@ def attacks(
         "permuted": grow(setup, permute_first(start, own[0]), order),
         "faster": grow(setup, start, order, rate=1e-2),
         "no factor": grow(
-            setup, start, order, teacher=base, alpha=0.5, temperature=3.0,
+            setup, start, order, teacher=base, alpha=0.1, temperature=3.0,
             kind="cross_entropy",
         ),
     }
@@ -982,10 +1017,14 @@ def routes(
         Otherwise 16 and 8 bits, pruning without fine-tuning, and the
         controls at 90 % only.
     """
-    def tune(model, masks):
-        return grow(
-            setup, model, away(seeds, "student"), epochs=1, masks=masks
-        )
+    def tune(rate):
+        def more(model, masks):
+            return grow(
+                setup, model, away(seeds, "student"), epochs=1, masks=masks,
+                rate=rate,
+            )
+
+        return more
 
     rounded = {
         f"{b} bit, {g}": quantised(b, g)
@@ -1005,9 +1044,13 @@ def routes(
     }
     if everything:
         found["pruned, one epoch"] = {
-            f"{100 * s:.0f} %": pruned(s, tune) for s in TUNED
+            f"{100 * s:.0f} %": pruned(s, tune(RATE)) for s in TUNED
         }
-        found["control"]["one epoch more"] = pruned(0.0, tune)
+        found["control"]["one epoch more"] = pruned(0.0, tune(RATE))
+        found["control"] |= {
+            f"{100 * s:.0f} %, slow epoch": pruned(s, tune(RATE / 10))
+            for s in SLOW
+        }
         found["low rank"] = {
             f"{100 * b:.0f} %": low_rank(b) for b in BUDGETS
         }
@@ -1040,7 +1083,17 @@ def family(
     dict from name to Ensemble
         "base", "stranger" and, for "all", "second" first; the others under
         technique and name, as `Frontier` has them.
+
+    Raises
+    ------
+    ValueError
+        For another depth.
     """
+    if depth not in ("accuracy", "routes", "all"):
+        raise ValueError(
+            f"depth: got {depth!r}; 'accuracy', 'routes' and 'all' are "
+            "accepted"
+        )
     found = {}
     if depth != "all":
         nets = published(setup, seeds)

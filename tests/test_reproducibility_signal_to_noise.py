@@ -181,6 +181,8 @@ def test_bank_round_trip_and_refusals():
         sn.RunBank.from_frame(pd.concat([frame, frame.iloc[:1]]))
     with pytest.raises(ValueError, match="shape"):
         replace(bank, seeds=(1, 2))
+    with pytest.raises(ValueError, match="two of both"):
+        sn.RunBank.from_frame(frame[frame["seed"] == SEEDS[0]])
     with pytest.raises(ValueError, match="NaN"):
         replace(bank, values=bank.values * np.nan)
     with pytest.raises(ValueError, match="vary"):
@@ -338,6 +340,19 @@ def test_large_effects_replicate_small_ones_do_not():
     assert share < 1 - small["share_5"][0].sum() / small["share_5"][1].sum()
 
 
+def test_without_a_threshold_findings_replicate(monkeypatch):
+    bank = planted(tuple(np.linspace(1.0, 1.19, 12)))
+    slug = "replications-fail-like-elsewhere"
+    found = sn.evidence_replications(bank)
+    assert judge(slug, found)["share_5"]["outcome"] == "supports"
+    monkeypatch.setattr(sn.Studies, "p", property(
+        lambda self: np.zeros_like(self.effect)))
+    found = sn.evidence_replications(bank)
+    verdict = judge(slug, found)
+    for name in ("share_3", "share_5", "ratio_3", "ratio_5"):
+        assert verdict[name]["outcome"] == "refutes"
+
+
 def test_replication_rate_is_the_theorys():
     bank = planted((0.8,))
     published, again, first, second = sn.replications(bank, 0, 5, 40_000)
@@ -356,6 +371,15 @@ def test_nulls_matter_until_power_is_high():
         assert verdict[name]["outcome"] == "supports"
 
 
+def test_without_selection_nulls_repair_nothing(monkeypatch):
+    monkeypatch.setattr(sn.Studies, "p", property(
+        lambda self: np.zeros_like(self.effect)))
+    found = sn.evidence_nulls(planted(2 * MODERATE), 100, 1)
+    verdict = judge("nulls-repair-the-record", found)
+    assert verdict["k3"]["outcome"] == verdict["k5"]["outcome"] == "refutes"
+    assert verdict.verdict != "reproduced"
+
+
 def test_an_editor_who_prints_everything_repairs_the_slope(monkeypatch):
     gains = planted(MODERATE + SMALL).gains
     records = sn.write_records(gains, 60)
@@ -367,9 +391,23 @@ def test_an_editor_who_prints_everything_repairs_the_slope(monkeypatch):
     monkeypatch.setattr(sn, "read", lambda studies, nulls, alpha=0.05: (
         studies.effect.mean(-1),
         np.full(studies.effect.shape[:2], studies.effect.shape[2])))
-    broken = sn.squared_errors(sealed, gains[..., 0].mean(1))
-    slope = sn.slope_of_log_snr([4, 8, 12, 24, 40])
-    assert abs(slope(broken[False, False], np.ones((1, 13)))[0]) < 1e-12
+    verdict = judge(slug, sn.evidence_speed(gains, sealed))
+    assert verdict.verdict != "reproduced"
+    assert verdict["none"]["estimate"] == 0
+    assert verdict["none"]["outcome"] != "supports"
+
+
+def test_where_metrics_conflict_size_does_harm():
+    """An honest but conflicting metric turns the claim around."""
+    bank = planted(MODERATE + SMALL)
+    at = list(sn.METRICS).index("ece")
+    values = bank.values.copy()
+    values[1:, :, :, at] -= 0.004 * np.arange(1, 14)[::-1, None, None]
+    bank = replace(bank, values=values)
+    records = sn.write_records(bank.gains, 60)
+    found = sn.evidence_speed(bank.gains, records)
+    verdict = judge("speed-needs-standards", found)
+    assert verdict.verdict == "not reproduced"
 
 
 def test_the_split_does_not_matter_when_all_is_published():
@@ -400,6 +438,13 @@ def test_policy_and_its_silent_control():
     assert verdict["noiseless"]["outcome"] == "supports"
     # by arithmetic: nothing left to gain from size once all is told
     assert np.abs(found["power_full"]).max() < 1e-9
+    # analysts without a choice: preregistration has nothing to mend
+    sealed = {k: (pair[0], pair[0]) for k, pair in records.items()}
+    verdict = judge(
+        "policy-signal-at-equal-compute",
+        sn.evidence_policy(gains[..., :1], sealed))
+    assert verdict["prereg"]["outcome"] != "supports"
+    assert verdict.verdict != "reproduced"
     # tricks without any effect leave nothing to regret
     none = planted((0.0,) * 6)
     cells = sn.factorial(

@@ -42,12 +42,12 @@ from ..protocol.power import seeds_for
 # %% auto #0
 __all__ = ['YEARS', 'COUNTS', 'ARMS', 'METRICS', 'LOOKS', 'BUDGET', 'TINY', 'MODERATE', 'LARGE', 'SINGLY', 'STEPWISE', 'SPLITS',
            'SMALL', 'BIG', 'CELLS', 'growth', 'evidence_growth', 'Arm', 'Task', 'shifted', 'Masked', 'masked', 'beside',
-           'Altered', 'Jolted', 'RunBank', 'train_arm', 'score', 'train_bank', 'Studies', 't_paired', 't_unpaired',
-           'without_farthest', 'pool', 'egger', 'forking', 'Freedoms', 'sealed', 'report', 'read', 'regret',
-           'digits_task', 'curves_task', 'photos_task', 'draw', 'compare', 'within', 'winners', 'evidence_winners',
-           'evidence_power', 'null_studies', 'evidence_forking', 'replications', 'evidence_replications',
-           'pooled_errors', 'evidence_nulls', 'write_records', 'squared_errors', 'slope_of_log_snr', 'kept_at_random',
-           'evidence_speed', 'factorial', 'main_effect', 'evidence_policy']
+           'Altered', 'Jolted', 'RunBank', 'train_arm', 'score', 'split_rows', 'train_bank', 'Studies', 't_paired',
+           't_unpaired', 'without_farthest', 'pool', 'egger', 'forking', 'Freedoms', 'sealed', 'report', 'read',
+           'regret', 'digits_task', 'curves_task', 'photos_task', 'draw', 'compare', 'within', 'winners',
+           'evidence_winners', 'evidence_power', 'null_studies', 'evidence_forking', 'replications',
+           'evidence_replications', 'pooled_errors', 'evidence_nulls', 'write_records', 'squared_errors',
+           'slope_of_log_snr', 'kept_at_random', 'evidence_speed', 'factorial', 'main_effect', 'evidence_policy']
 
 # %% ../../nbs/reproducibility/signal_to_noise.ipynb #7d624889
 YEARS = (2019, 2020, 2021, 2022, 2023, 2024)
@@ -389,11 +389,11 @@ class RunBank:
 
     def __post_init__(self):
         shape = (*map(len, (self.arms, self.seeds, self.steps)), len(METRICS))
-        if self.values.shape != shape or len(self.arms) < 2:
+        if self.values.shape != shape or min(shape[:2]) < 2:
             raise ValueError(
                 f"values: got shape {self.values.shape} for "
-                f"{len(self.arms)} arms; {shape} and at least two arms are "
-                "accepted"
+                f"{len(self.arms)} arms and {len(self.seeds)} seeds; {shape} "
+                "and at least two of both are accepted"
             )
         if not np.isfinite(self.values).all():
             raise ValueError("values: NaN or infinite; some runs diverged")
@@ -631,6 +631,37 @@ def score(
     return torch.stack(out, 1).numpy()
 
 
+def split_rows(task: Task, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Training and test rows of every seed.
+
+    Parameters
+    ----------
+    task
+        What is learnt; its validation rows are in neither.
+    seeds
+        One for each split.
+
+    Returns
+    -------
+    train, test : Tensor [seeds, rows]
+
+    Raises
+    ------
+    ValueError
+        If the task leaves no rows for testing.
+    """
+    total, used = len(task.data), task.train + task.validation
+    if not used < total:
+        raise ValueError(
+            f"task: {used} rows for training and validation of {total}; "
+            "some must be left for testing"
+        )
+    order = torch.stack([
+        torch.randperm(total, generator=generator(s, "split")) for s in seeds
+    ])
+    return order[:, : task.train], order[:, used:]
+
+
 def train_bank(
     arms: Mapping[str, Arm],
     seeds: Sequence[int],
@@ -659,17 +690,8 @@ def train_bank(
     ValueError
         If the task leaves no rows for testing, or runs diverged.
     """
-    seeds, total = tuple(seeds), len(task.data)
-    used = task.train + task.validation
-    if not used < total:
-        raise ValueError(
-            f"task: {used} rows for training and validation of {total}; "
-            "some must be left for testing"
-        )
-    order = torch.stack([
-        torch.randperm(total, generator=generator(s, "split")) for s in seeds
-    ])
-    rows, test = order[:, : task.train], order[:, used:]
+    seeds = tuple(seeds)
+    rows, test = split_rows(task, seeds)
     values = [
         score(train_arm(arm, seeds, task, rows, device), task.data, test)
         for arm in arms.values()
@@ -885,13 +907,13 @@ def forking(
 
 @dataclass(frozen=True)
 class Freedoms:
-    """What an analyst allows himself.
+    """What an analyst may still choose.
 
     Attributes
     ----------
     metrics, checkpoints, outlier, looks : bool
-        Choose the metric, the checkpoint, whether to drop the farthest seed,
-        and when to stop.
+        The metric, the checkpoint, whether to drop the farthest seed, and
+        when to stop.
     """
 
     metrics: bool = False
@@ -1276,7 +1298,9 @@ def evidence_forking(
         "multiverse": 1.0 - fixed["multiverse"],
         "steps": [float(sum(x > 0 for x in lower))],
         "ties": [float((forking(a[some], a[some]) < 0.05).sum())],
-        "bounds": [max(0.0, alone[k] - 1 + 0.95**c) for k, c in m.items()],
+        "bounds": [
+            max(0.0, alone[k] - 1 + 0.95**c) for k, c in m.items() if c > 1
+        ],
     }
 
 
@@ -1516,12 +1540,14 @@ def slope_of_log_snr(studies: Sequence[float]) -> Callable:
     callable
         From mean squares [tricks, columns] and weights [B, tricks] to [B].
         The variance of true effects is the same at every size and drops out.
+        Rounded to 1e-9, so that what is 0 by arithmetic is 0.
     """
     x = np.log2(studies) - np.log2(studies).mean()
     x = x / (x @ x)
 
     def slope(values: np.ndarray, w: np.ndarray) -> np.ndarray:
-        return -np.log((w @ values) / w.sum(1)[:, None]) @ x
+        mean = (w @ values) / w.sum(1)[:, None]
+        return np.round(-np.log(mean) @ x, 9) + 0.0
 
     return slope
 
@@ -1673,6 +1699,7 @@ def evidence_policy(
         "power": effects[1],
         "nulls": effects[2],
         "regret": cells[nothing][1] - cells[everything][1],
-        "power_full": cells[everything][0] - cells[True, False, True][0],
+        "power_full": np.round(  # 0 by arithmetic
+            cells[everything][0] - cells[True, False, True][0], 9) + 0.0,
         "noiseless": [np.abs(v[1]).max() for v in quiet.values()],
     }

@@ -323,10 +323,13 @@ class Best:
         Validation data.
     size
         Number of members.
+    width
+        Features at the gate.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, size: int):
+    def __init__(self, x: Tensor, y: Tensor, size: int, width: int):
         self.x, self.y, self.params = x, y, None
+        self.rows = max(1, 2**25 // (size * width))  # fits the memory
         self.accuracy = torch.full((size,), -1.0, device=x.device)
         self.step = torch.zeros(size, dtype=torch.long, device=x.device)
 
@@ -335,9 +338,8 @@ class Best:
             return
         if self.params is None:
             self.params = {k: v.clone() for k, v in state.params.items()}
-        rows = max(1, 2**20 // len(state.members))  # fits the memory
         guess = torch.cat(
-            [state.outputs(x).argmax(-1) for x in self.x.split(rows)], 1
+            [state.outputs(x).argmax(-1) for x in self.x.split(self.rows)], 1
         )
         accuracy = (guess == self.y).float().mean(1)
         better = accuracy >= self.accuracy[state.members]
@@ -493,7 +495,8 @@ def dose_response(
         }
         start = untrained(module, [d.seed for d in group], device=device)
         best = Best(
-            problem.val.X.to(device), problem.val.y.to(device), len(group)
+            problem.val.X.to(device), problem.val.y.to(device),
+            len(group), len(gates[0].mask),
         )
         run = fit(
             start.tensors(),
@@ -581,7 +584,10 @@ def readings(
         "T": fitted.value,
         "ece_T": ece(q, y, n_bins),
         "nll_T": nll(scaled, y),
-        "changed": (z.argmax(-1) != scaled.argmax(-1)).sum(-1),
+        # in float64: in float32 near ties can become ties
+        "changed": (
+            z.argmax(-1) != fitted.apply(z.double()).argmax(-1)
+        ).sum(-1),
     }
     return {k: _numpy(v) for k, v in found.items()}
 
@@ -684,9 +690,11 @@ def panel(
 
 
 def _at_once(ensemble: Ensemble, vectors: int) -> int:
-    """Members that fit the memory with so many vectors of parameters."""
+    """Members taken at once with so many vectors of parameters: all that
+    fit 2 GiB, else parts of 256 MiB."""
     weights = sum(p[0].numel() for p in ensemble.params.values())
-    return max(1, 2**29 // (vectors * weights))
+    whole = 2**29 // (vectors * weights)
+    return whole if len(ensemble) <= whole else max(1, whole // 8)
 
 
 def _first_igs(ensemble: Ensemble, data: tuple[Tensor, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -463,12 +464,15 @@ def dose_response(
     Raises
     ------
     ValueError
-        For an unknown knob, an amount out of range, a module without gate.
+        For no doses, an unknown knob, an amount out of range, or a module
+        without a gate or with several.
     """
     gates = [m for m in module.modules() if isinstance(m, Gate)]
     if len(gates) != 1:
         raise ValueError(f"module: has {len(gates)} gates; 1 is accepted")
     doses = list(dict.fromkeys(doses))
+    if not doses:
+        raise ValueError("doses: got none; at least one is needed")
     for d in doses:
         if d.knob not in (*KNOBS, "none", "placebo", "idle"):
             raise ValueError(
@@ -481,7 +485,7 @@ def dose_response(
                 f"doses: got {d}; amounts from 0, and to 1 for shares, are "
                 "accepted"
             )
-    began = _seconds()
+    began = time.perf_counter()
     data, parts = problem.train, []
     doses.sort(key=lambda d: d.knob == "rho")
     tables = shifted(data.X, problem.grid).to(device)
@@ -523,14 +527,9 @@ def dose_response(
     final, early, stopped = zip(*parts, strict=True)
     return Bank(
         problem, tuple(doses), Ensemble.join(final), Ensemble.join(early),
-        torch.cat(stopped), _seconds() - began,
+        torch.cat(stopped), time.perf_counter() - began,
     )
 
-
-def _seconds() -> float:
-    import time
-
-    return time.perf_counter()
 
 # %% ../../nbs/landscape/explicit_regularisation.ipynb #379b0c5d
 def _numpy(t: Tensor) -> np.ndarray:
@@ -751,8 +750,8 @@ def rescaled(ensemble: Ensemble, T: Tensor | np.ndarray) -> Ensemble:
     T = torch.as_tensor(T)
     if T.shape != (len(ensemble),) or not bool((T > 0).all()):
         raise ValueError(
-            f"T: got shape {tuple(T.shape)}; one positive number for each "
-            f"of {len(ensemble)} members is accepted"
+            f"T: got {T.tolist()}; one positive number for each of "
+            f"{len(ensemble)} members is accepted"
         )
     params = dict(ensemble.params)
     for key in (name + ".weight", name + ".bias"):

@@ -181,6 +181,21 @@ def test_panel_leaves_the_ensemble_as_it_was(small, bank):
         assert torch.equal(v, before[k])
 
 
+def test_parts_give_what_the_whole_gives(small, bank, monkeypatch):
+    data = small.train.X[:32], small.train.y[:32]
+    whole = er.panel(bank.final, data)
+    monkeypatch.setattr(er, "_at_once", lambda ensemble, vectors: 3)
+    for name, value in er.panel(bank.final, data).items():
+        np.testing.assert_allclose(value, whole[name], 2e-2, 1e-6)
+
+
+def test_what_does_not_fit_is_read_in_smaller_parts(bank):
+    size = sum(p[0].numel() for p in bank.final.params.values())
+    fits = 2**29 // size // len(bank.final)
+    assert er._at_once(bank.final, fits) >= len(bank.final)
+    assert er._at_once(bank.final, 2 * fits) < len(bank.final) / 8
+
+
 def test_last_layer_curvature_follows_the_temperature(small, bank):
     """Its block in closed form: (|h|^2 + 1) p (1 - p) / T^0 at logits / T."""
     some = bank.final[[0, 1]]
@@ -294,6 +309,75 @@ def test_without_overconfidence_there_is_nothing_to_claim():
     assert found.verdict == "invalid"
 
 
+def test_a_placebo_that_does_something_withholds_the_headline():
+    rng = np.random.default_rng(3)
+    tables = {s: table(rng, 0.5) for s in er.TUNED}
+    tables["waves"]["rf"][4] *= 2
+    found = Claim.load(f"A06/{SLUGS[0]}").judge(
+        er.evidence_sharper(tables), scale="book",
+        seeds=range(1000, 1024), seconds=0,
+    )
+    assert found.verdict == "inconclusive"
+
+
+def shares(rng, sharp, flat, **broken):
+    """Judge tables in which a temperature takes these shares of the ECE."""
+    tables = {}
+    for name in er.TUNED:
+        size = (5, 24)
+        share = np.full(size, flat) + 0.02 * rng.normal(size=size)
+        share[2:4] += sharp - flat
+        tables[name] = {
+            "gap": np.full(size, 0.1) + 0.01 * rng.normal(size=size),
+            "ece": np.full(size, 0.1), "ece_T": 0.1 * (1 - share),
+            "left": np.zeros(size), "changed": np.zeros(size),
+        } | {k: np.full(size, v) for k, v in broken.items()}
+    found = er.evidence_temperature(tables)
+    found |= {"synthetic_T": 0.0, "synthetic_left": 0.0}
+    return Claim.load(f"A06/{SLUGS[1]}").judge(
+        found, scale="book", seeds=range(1000, 1024), seconds=0
+    ).verdict
+
+
+def test_the_rule_of_the_temperature_finds_what_is_planted():
+    rng = np.random.default_rng(10)
+    assert shares(rng, 0.7, 0.3) == "reproduced"
+    assert shares(rng, 0.3, 0.7) == "not reproduced"
+    assert shares(rng, 0.5, 0.5) != "reproduced"
+    assert shares(rng, 0.36, 0.3) == "inconclusive"  # less than 0.10
+
+
+@pytest.mark.parametrize("broken", [{"left": 0.1}, {"changed": 1.0}])
+def test_a_temperature_that_does_more_voids_its_claim(broken):
+    rng = np.random.default_rng(11)
+    assert shares(rng, 0.7, 0.3, **broken) == "invalid"
+
+
+def moved(before, after):
+    """Judge an intervention whose trace goes from one table to another."""
+    seeds = np.repeat(np.arange(12), 15)
+    gain = 0.05 + 0.01 * np.random.default_rng(12).normal(size=180)
+    up = after > before
+    found = {
+        "trace": up, "top_eigenvalue": up, "relative_flatness": up,
+        "ece": [gain[seeds == s].mean() for s in range(12)],
+        "ece_share": gain > 0, "decisions": np.zeros(180),
+        "identity": np.zeros(9), "underconfident": np.ones(60, bool),
+    }
+    return Claim.load(f"A06/{SLUGS[5]}").judge(
+        found, scale="book", seeds=range(1000, 1012), seconds=0
+    ).verdict
+
+
+def test_an_intervention_that_does_nothing_raises_no_trace(small, bank):
+    data = small.train.X[:40], small.train.y[:40]
+    off = er.along_temperature(bank.final, [1.0, 1.0], data, ["trace"])
+    some = np.resize(off["trace"], (2, 180))
+    assert moved(some[0], some[0] * 1.1) == "reproduced"
+    same = [np.resize(row, 180) for row in off["trace"]]
+    assert moved(*same) == "not reproduced"
+
+
 @pytest.mark.parametrize("planted", [True, False])
 def test_shuffled_accuracy_is_followed_by_nothing(planted):
     rng = np.random.default_rng(5)
@@ -327,6 +411,15 @@ def test_paths_with_a_planted_fall_are_found():
     assert found["falls_rf"] == [0.0]
     assert found["falls_trace"][0] > 0.3
     assert found["rises_rf"] == found["rises_trace"] == [0.0]
+    claim = Claim.load(f"A06/{SLUGS[3]}")
+    for sign, verdict in ((-1, "reproduced"), (1, "not reproduced")):
+        for s in er.TUNED:
+            e = reads[s]["ece"]
+            sharp[s] = {"relative_flatness": sign * e, "trace": sign * e}
+        found, _ = er.evidence_paths(paths, idle, sharp, reads, 299)
+        assert claim.judge(
+            found, scale="book", seeds=range(1000, 1012), seconds=0
+        ).verdict == verdict
 
 
 @pytest.mark.parametrize("follows", [True, False])
@@ -400,6 +493,8 @@ def test_tau_is_scipys():
         (lambda p, b: er.problem("cifar"), "name"),
         (lambda p, b: er.shifted(torch.ones(2, 9), (2, 4)), "grid"),
         (lambda p, b: er.dose_response(p, nn.Linear(64, 10), []), "gates"),
+        (lambda p, b: er.dose_response(p, er.perceptron(64, 4, 10), []),
+         "doses: got none"),
         (lambda p, b: er.dose_response(
             p, er.perceptron(64, 4, 10), [er.Dose("mixup", 1.0, 1)]), "knob"),
         (lambda p, b: er.dose_response(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -323,10 +324,13 @@ class Best:
         Validation data.
     size
         Number of members.
+    width
+        Features at the gate.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, size: int):
+    def __init__(self, x: Tensor, y: Tensor, size: int, width: int):
         self.x, self.y, self.params = x, y, None
+        self.rows = max(1, 2**25 // (size * width))  # fits the memory
         self.accuracy = torch.full((size,), -1.0, device=x.device)
         self.step = torch.zeros(size, dtype=torch.long, device=x.device)
 
@@ -335,9 +339,8 @@ class Best:
             return
         if self.params is None:
             self.params = {k: v.clone() for k, v in state.params.items()}
-        rows = max(1, 2**20 // len(state.members))  # fits the memory
         guess = torch.cat(
-            [state.outputs(x).argmax(-1) for x in self.x.split(rows)], 1
+            [state.outputs(x).argmax(-1) for x in self.x.split(self.rows)], 1
         )
         accuracy = (guess == self.y).float().mean(1)
         better = accuracy >= self.accuracy[state.members]
@@ -461,12 +464,15 @@ def dose_response(
     Raises
     ------
     ValueError
-        For an unknown knob, an amount out of range, a module without gate.
+        For no doses, an unknown knob, an amount out of range, or a module
+        without a gate or with several.
     """
     gates = [m for m in module.modules() if isinstance(m, Gate)]
     if len(gates) != 1:
         raise ValueError(f"module: has {len(gates)} gates; 1 is accepted")
     doses = list(dict.fromkeys(doses))
+    if not doses:
+        raise ValueError("doses: got none; at least one is needed")
     for d in doses:
         if d.knob not in (*KNOBS, "none", "placebo", "idle"):
             raise ValueError(
@@ -479,7 +485,7 @@ def dose_response(
                 f"doses: got {d}; amounts from 0, and to 1 for shares, are "
                 "accepted"
             )
-    began = _seconds()
+    began = time.perf_counter()
     data, parts = problem.train, []
     doses.sort(key=lambda d: d.knob == "rho")
     tables = shifted(data.X, problem.grid).to(device)
@@ -493,7 +499,8 @@ def dose_response(
         }
         start = untrained(module, [d.seed for d in group], device=device)
         best = Best(
-            problem.val.X.to(device), problem.val.y.to(device), len(group)
+            problem.val.X.to(device), problem.val.y.to(device),
+            len(group), len(gates[0].mask),
         )
         run = fit(
             start.tensors(),
@@ -520,14 +527,9 @@ def dose_response(
     final, early, stopped = zip(*parts, strict=True)
     return Bank(
         problem, tuple(doses), Ensemble.join(final), Ensemble.join(early),
-        torch.cat(stopped), _seconds() - began,
+        torch.cat(stopped), time.perf_counter() - began,
     )
 
-
-def _seconds() -> float:
-    import time
-
-    return time.perf_counter()
 
 # %% ../../nbs/landscape/explicit_regularisation.ipynb #379b0c5d
 def _numpy(t: Tensor) -> np.ndarray:
@@ -581,7 +583,10 @@ def readings(
         "T": fitted.value,
         "ece_T": ece(q, y, n_bins),
         "nll_T": nll(scaled, y),
-        "changed": (z.argmax(-1) != scaled.argmax(-1)).sum(-1),
+        # in float64: in float32 near ties can become ties
+        "changed": (
+            z.argmax(-1) != fitted.apply(z.double()).argmax(-1)
+        ).sum(-1),
     }
     return {k: _numpy(v) for k, v in found.items()}
 
@@ -684,9 +689,11 @@ def panel(
 
 
 def _at_once(ensemble: Ensemble, vectors: int) -> int:
-    """Members that fit the memory with so many vectors of parameters."""
+    """Members taken at once with so many vectors of parameters: all that
+    fit 2 GiB, else parts of 256 MiB."""
     weights = sum(p[0].numel() for p in ensemble.params.values())
-    return max(1, 2**29 // (vectors * weights))
+    whole = 2**29 // (vectors * weights)
+    return whole if len(ensemble) <= whole else max(1, whole // 8)
 
 
 def _first_igs(ensemble: Ensemble, data: tuple[Tensor, Tensor]) -> Tensor:
@@ -743,8 +750,8 @@ def rescaled(ensemble: Ensemble, T: Tensor | np.ndarray) -> Ensemble:
     T = torch.as_tensor(T)
     if T.shape != (len(ensemble),) or not bool((T > 0).all()):
         raise ValueError(
-            f"T: got shape {tuple(T.shape)}; one positive number for each "
-            f"of {len(ensemble)} members is accepted"
+            f"T: got {T.tolist()}; one positive number for each of "
+            f"{len(ensemble)} members is accepted"
         )
     params = dict(ensemble.params)
     for key in (name + ".weight", name + ".bias"):

@@ -556,6 +556,18 @@ def test_copies_and_joined(nets):
         (lambda: utopia(layer([0, 0])), "all zero"),
         (lambda: magnitude_masks(untrained(small_cnn(2, 2), [1]), 1.2),
          "sparsity: got 1.2"),
+        (lambda: masks_at(sizes_of(untrained(small_cnn(2, 2), [1])),
+                          [[0.1, 0.2]]), "one for each of 1 members"),
+        (lambda: swap_excess(untrained(small_cnn(2, 2), [1]), [1.5], 9),
+         "sparsity: got \\[1.5\\]"),
+        (lambda: with_flips(untrained(small_cnn(2, 2), [1]), -3),
+         "cosine: got -3"),
+        (lambda: without_largest(untrained(small_cnn(2, 2), [1]), 2, "x"),
+         "cosine: got 2"),
+        (lambda: without_largest(untrained(small_cnn(2, 2), [1]), 0.9, "x"),
+         "name: got 'x'"),
+        (lambda: safe_prune(nn.Sequential(nn.BatchNorm1d(4),
+                                          nn.Linear(4, 4))), "constant"),
         (lambda: cosine(layer([1, 2]), layer([1, 2, 3])), "child: other"),
         (lambda: retained_energy("cauchy", 0.5), "law: got 'cauchy'"),
         (lambda: retained_energy("laplace", 1.5), "keep: got 1.5"),
@@ -588,14 +600,15 @@ def test_cut_needs_masks(small, nets):
 # verdicts
 
 
-def judged(slug, plant, n=24):
-    """A verdict on evidence planted for each criterion, `plant(name)`."""
+def judged(slug, plant, n=24, scale="book"):
+    """The verdict on evidence planted for each criterion, `plant(name)`."""
     claim = Claim.load(f"A08/{slug}")
     rng = np.random.default_rng(0)
     evidence = {
         name: plant(name, rng.normal(0, 0.05, n)) for name in claim.criteria
     }
-    return claim.judge(evidence, scale="book", seeds=range(1000, 1000 + n))
+    seeds = range(1000, 1000 + n)
+    return claim.judge(evidence, scale=scale, seeds=seeds).record["verdict"]
 
 
 @pytest.mark.parametrize("at_equal, want", [
@@ -609,7 +622,7 @@ def test_verdict_on_a_planted_collapse(at_equal, want):
             return 40 + noise, 40 - noise
         return at_equal + noise, 40 - noise
 
-    assert judged("curves-collapse-on-cosine", plant).record["verdict"] == want
+    assert judged("curves-collapse-on-cosine", plant) == want
 
 
 def test_verdict_without_anything_to_collapse():
@@ -618,7 +631,7 @@ def test_verdict_without_anything_to_collapse():
             return 2 + noise
         return 1 + noise, 2 - noise
 
-    found = judged("curves-collapse-on-cosine", plant).record["verdict"]
+    found = judged("curves-collapse-on-cosine", plant)
     assert found == "invalid"
 
 
@@ -628,7 +641,7 @@ def test_verdict_if_the_gauge_made_no_difference():
             return [0.0]
         return noise
 
-    found = judged("gauge-breaks-proxy", plant).record["verdict"]
+    found = judged("gauge-breaks-proxy", plant)
     assert found == "not reproduced"
 
 
@@ -640,8 +653,133 @@ def test_one_counter_example_refutes_the_theorem():
             return 0.1 + noise**2
         return np.r_[np.zeros(99), 1e-6 if name == "swaps" else 0]
 
-    found = judged("magnitude-maximises-cosine", plant).record["verdict"]
+    found = judged("magnitude-maximises-cosine", plant)
     assert found == "not reproduced"
+
+
+def test_the_gauge_verdict_turns_with_the_gauge(small, nets):
+    """Masks of twins that are rescaled, and of twins that are not."""
+    x, grid = small.test[0][:2], (0.3, 0.5, 0.7, 0.8, 0.9)
+
+    def swept(twin):
+        masks = masks_at(sizes_of(twin), grid)
+        found = cut(small, nets, masks)
+        own = [cosine(twin, m.apply(twin)).numpy() for m in masks]
+        return np.stack(own), found.divergence
+
+    def verdict(*factors):
+        theirs = [swept(rescale_layers(nets, x, (f, 1, 1 / f)))
+                  for f in factors]
+        found = [log_ratio_at_equal(*t, *swept(nets)) for t in theirs]
+
+        def plant(name, noise):
+            if name in ("one", "layerwise", "outputs"):
+                return [0.0]
+            at = {"factor4": 0, "factor8": 1}.get(name)
+            return 0.0 * noise if at is None else found[at]
+
+        return judged("gauge-breaks-proxy", plant, 3, "smoke")
+
+    assert verdict(4, 8) == "reproduced"
+    assert verdict(1, 1) == "not reproduced"
+
+
+@pytest.mark.parametrize("tied, want", [
+    (True, "reproduced"), (False, "not reproduced"),
+])
+def test_the_proxy_verdict_turns_with_the_tie(small, nets, tied, want):
+    """Divergences that follow the cosines of real masks, or are drawn."""
+    masks = criteria_masks(nets, tuple(t[:64] for t in small.train), [0.8])
+    cos = np.stack([cosine(nets, m.apply(nets)).numpy() for m in masks])
+
+    def plant(name, noise):
+        if name.startswith("stranger"):
+            return noise
+        rng = np.random.default_rng(list(name.encode()))
+        c = np.tile(cos, (1, 8))
+        js = np.exp(-5 * c + rng.normal(0, 0.1, c.shape))
+        return -rank_correlations(c, js if tied else rng.permuted(js, axis=0))
+
+    assert judged("cosine-proxy-at-fixed-sparsity", plant) == want
+
+
+@pytest.mark.parametrize("costs, at_08, want", [
+    (0.1, 20, "reproduced"), (3.0, 20, "not reproduced"), (0.1, 1, "invalid"),
+])
+def test_verdict_on_a_planted_cost_at_099(costs, at_08, want):
+    def plant(name, noise):
+        return noise + (at_08 if name.startswith("costly") else -costs)
+
+    assert judged("cosine-099-needs-no-finetuning", plant) == want
+
+
+@pytest.mark.parametrize("costs, memory, want", [
+    (0.2, 7, "reproduced"), (2.0, 7, "not reproduced"), (0.2, 0.2, "invalid"),
+])
+def test_verdict_on_a_planted_cost_of_utopia(costs, memory, want):
+    def plant(name, noise):
+        if name == "width":
+            return {"x": np.tile([6, 7, 8.0], 8), "y": noise,
+                    "clusters": np.repeat(range(8), 3)}
+        if name == "untrained":
+            return noise / 100
+        return noise + {"beats_80": 0.2, "beats_09": 0.2,
+                        "random_labels": memory}.get(name, -costs)
+
+    assert judged("utopia-rule-is-safe", plant) == want
+
+
+@pytest.mark.parametrize("sign, twin, want", [
+    (1, 0.3, "reproduced"), (-1, 0.3, "not reproduced"), (1, -0.3, "invalid"),
+])
+def test_verdict_on_planted_tails(sign, twin, want):
+    rng = np.random.default_rng(1)
+    x = rng.random(40)
+    y = sign * x + rng.normal(0, 0.1, 40)
+
+    def plant(name, noise):
+        if name == "partial":
+            return {"x": x, "y": y, "given": rng.normal(size=(40, 2))}
+        if name in ("rho", "within", "k2_layers"):
+            return x, y
+        if name in ("recipes", "dead"):
+            return [0.0]
+        return noise[:8] + (twin if name == "gauge" else 1)
+
+    assert judged("kurtosis-predicts-prunability", plant) == want
+
+
+@pytest.mark.parametrize("step, half, want", [
+    (2.0, 3, "reproduced"), (0.0, 3, "not reproduced"), (2.0, -3, "invalid"),
+])
+def test_verdict_on_a_planted_trend_of_tails(step, half, want):
+    rng = np.random.default_rng(2)
+
+    def plant(name, noise):
+        if name.startswith("trend"):
+            return step * np.arange(5) + rng.normal(0, 1, (32, 5))
+        if name.startswith("dense"):
+            return noise
+        return noise + (half if name == "shuffled" else 4 * step)
+
+    found = judged("heavy-tails-unlock-early-pruning", plant, 32)
+    assert found == want
+
+
+@pytest.mark.parametrize("helps, k2, want", [
+    (1.0, 1, "reproduced"), (-1.0, 1, "not reproduced"), (1.0, -1, "invalid"),
+])
+def test_verdict_on_a_planted_safe_prune(helps, k2, want):
+    def plant(name, noise):
+        if name.startswith("applies"):
+            return noise > -9
+        if name == "scale_blind":
+            return [0.0]
+        if name.startswith("planted"):
+            return noise + k2
+        return noise + (-0.2 if name.startswith("loss") else helps)
+
+    assert judged("safe-prune-corrects-utopia", plant) == want
 
 
 def test_ensembles_of_modules_and_of_training_agree(nets):

@@ -383,15 +383,15 @@ def kurtosis_of_kurtoses(model: nn.Module | Ensemble) -> Tensor:
 
     Source: masonwilliams2024prune, sec. 3 of the authors' notebook.
     """
-    parts = {
-        k: _pearson_kurtosis(v.flatten(1).double())
-        for k, v in weights_of(model).items()
+    rows = {
+        k: v.flatten(1).double() for k, v in weights_of(model).items()
     }
-    for name, k in parts.items():
-        if k.isnan().any():
+    for name, v in rows.items():
+        if (v.amax(1) == v.amin(1)).any():
             raise ValueError(
                 f"model: {name!r} is constant and has no kurtosis"
             )
+    parts = {k: _pearson_kurtosis(v) for k, v in rows.items()}
     if len(parts) < 2:
         raise ValueError("model: one tensor; two or more are accepted")
     return _pearson_kurtosis(torch.stack(list(parts.values()), 1))
@@ -490,7 +490,7 @@ def masks_at(scores: Saliency, sparsity: Iterable[Any]) -> list[Masks]:
     Raises
     ------
     ValueError
-        For shares outside of 0 to 1.
+        For shares outside of 0 to 1, or not one for each member.
     """
     flat = torch.cat([v.flatten(1) for v in scores.values()], 1)
     size, count = flat.shape
@@ -498,6 +498,11 @@ def masks_at(scores: Saliency, sparsity: Iterable[Any]) -> list[Masks]:
     found = []
     for p in sparsity:
         keep = 1 - torch.as_tensor(p, dtype=torch.float64)
+        if keep.ndim and keep.shape != (size,):
+            raise ValueError(
+                f"sparsity: got {tuple(keep.shape)} shares; one, or one for "
+                f"each of {size} members, is accepted"
+            )
         gone = count - (keep.expand(size) * count + 0.5).floor().long()
         if not ((gone >= 0) & (gone <= count)).all():
             raise ValueError(f"sparsity: got {p!r}; 0 to 1 is accepted")
@@ -689,7 +694,7 @@ class Setting:
         init: Any = "fresh",
         hyper: Mapping[str, Sequence[float]] | None = None,
     ) -> Ensemble:
-        """Networks trained from these seeds, perhaps at rates of their own."""
+        """Networks trained from these seeds, each at rates of its own."""
         start = untrained(self.model, seeds, init, device=self.device)
         own = {k: torch.as_tensor(v) for k, v in (hyper or {}).items()}
         return self.trained(replace(start, hyper=own),
@@ -849,7 +854,14 @@ def swap_excess(
     Returns
     -------
     Tensor [S, K], float64
+
+    Raises
+    ------
+    ValueError
+        For shares outside of 0 to 1.
     """
+    if not all(0 <= p <= 1 for p in sparsity):
+        raise ValueError(f"sparsity: got {sparsity!r}; 0 to 1 is accepted")
     w = flattened(weights_of(model))
     g = generator(seed, "swaps")
     size, count = w.shape
@@ -1012,7 +1024,18 @@ def without_largest(
     Ensemble
     Tensor [S], bool
         Whether the tensor holds enough energy.
+
+    Raises
+    ------
+    ValueError
+        For another cosine than 0 to 1, or an unknown name.
     """
+    if not 0 <= cosine <= 1:
+        raise ValueError(f"cosine: got {cosine!r}; 0 to 1 is accepted")
+    if name not in model.params:
+        raise ValueError(
+            f"name: got {name!r}; {list(model.params)} are accepted"
+        )
     w = model.params[name]
     flat = w.flatten(1).double()
     total = flattened(model.params).square().sum(1, keepdim=True)
@@ -1037,7 +1060,14 @@ def with_flips(model: Ensemble, cosine: float, seed: int = 0) -> Ensemble:
     Returns
     -------
     Ensemble
+
+    Raises
+    ------
+    ValueError
+        For another cosine than -1 to 1.
     """
+    if not -1 <= cosine <= 1:
+        raise ValueError(f"cosine: got {cosine!r}; -1 to 1 is accepted")
     flat = flattened(model.params)
     g = generator(seed, "flips")
     order = torch.rand(flat.shape, generator=g).argsort(1).to(flat.device)

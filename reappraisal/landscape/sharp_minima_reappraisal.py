@@ -969,6 +969,17 @@ class Regressions:
     targets: Tensor
     error: np.ndarray
 
+    @classmethod
+    def join(cls, parts: Sequence[Regressions]) -> Regressions:
+        """One of several whose functions differ and nothing else."""
+        return replace(
+            parts[0],
+            names=tuple(k for p in parts for k in p.names),
+            nets=Ensemble.join([p.nets for p in parts]),
+            targets=torch.cat([p.targets for p in parts]),
+            error=np.concatenate([p.error for p in parts], 1),
+        )
+
     def sharpness(
         self, step: int, radius: float = 0.005, draws: int = 100,
         which: Sequence[int] | None = None,
@@ -982,12 +993,13 @@ class Regressions:
         nets = self.nets.at(step)
         rows = np.full((len(self.names), n), math.nan)
         for i in range(len(rows)) if which is None else which:
-            some = nets[list(range(i * n, (i + 1) * n))]
-            value = average_direction(
-                some, (self.x, self.targets[i]), "mse", radius=radius,
-                n_draws=draws, dtype=torch.float64,
-            )
-            rows[i] = value.log10().cpu().double().numpy()
+            for j in range(n):  # alone they stay in a core's cache
+                value = average_direction(
+                    nets[[i * n + j]], (self.x, self.targets[i]), "mse",
+                    radius=radius, n_draws=draws, dtype=torch.float64,
+                    batch_size=256,
+                )
+                rows[i, j] = value.log10().item()
         return rows
 
 

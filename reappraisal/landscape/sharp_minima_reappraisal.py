@@ -804,7 +804,8 @@ class Circles:
     met : array
         Step at which the common loss was reached; NaN if it never was.
     fr, rf, fr_met, rf_met : array
-        Published sharpness at the end, and at the common loss.
+        Published sharpness at the end, and at the common loss; nets that
+        never reached it are read at the end here too.
     """
 
     loss: np.ndarray
@@ -887,6 +888,9 @@ def train_circles(
         seeds=seeds * C, batch_size=5, per_member=("x",), callbacks=look,
         every=10, device=device,
     )
+    never = met.isnan()
+    for k, v in nets.params.items():
+        kept[k][never] = v[never]
     early = replace(nets, params=kept)
     columns: dict[str, list] = {}
     for c in range(C):
@@ -1396,6 +1400,8 @@ def evidence_circles(
 ) -> dict:
     """For A03/harder-function-sharper-minimum.
 
+    At the common loss only seeds count that reached it at all ratios.
+
     Parameters
     ----------
     circles : Circles
@@ -1407,11 +1413,13 @@ def evidence_circles(
     """
     full = (circles.accuracy == 1).all(0)
     keep = full if full.any() else ~full  # judged nowhere: too few
+    met = keep & np.isfinite(circles.met).all(0)
+    met = met if met.any() else keep  # a trial run
     rng = np.random.default_rng(seed)
     found: dict = {"too_few": [max(0, least - int(full.sum()))]}
     for m in ("fr", "rf"):
-        for end in ("", "_met"):
-            v = getattr(circles, m + end)[:, keep]
+        for end, who in (("", keep), ("_met", met)):
+            v = getattr(circles, m + end)[:, who]
             name = m + ("_matched" if end else "")
             found[f"page_{name}"] = v.T
             found[f"rho_{name}"] = ranks_with(RATIOS, v)

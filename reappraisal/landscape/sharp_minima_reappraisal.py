@@ -257,9 +257,16 @@ def network(kind: str, inputs: int = 64) -> nn.Module:
         "mlp", "ln" or "conv".
     inputs : int
         64 for the conv net.
+
+    Raises
+    ------
+    ValueError
+        For another kind, or a conv net of other inputs.
     """
     if kind not in NETS:
         raise ValueError(f"kind: got {kind!r}; {list(NETS)} are accepted")
+    if kind == "conv" and inputs != 64:
+        raise ValueError(f"inputs: got {inputs}; the conv net accepts 64")
     if kind != "conv":
         return mlp((inputs, 64, 10), norm="layer" if kind == "ln" else None)
     return nn.Sequential(
@@ -334,7 +341,16 @@ def train_bank(
     Returns
     -------
     Bank
+
+    Raises
+    ------
+    ValueError
+        For an unknown architecture or control.
     """
+    if unknown := [k for k in names if k not in CONTROLS]:
+        raise ValueError(
+            f"names: got {unknown}; {list(CONTROLS)} are accepted"
+        )
     n, inputs = task.table.shape[1:]
     module = network(kind, inputs)
     every = torch.arange(9 * n)
@@ -474,6 +490,8 @@ OUTCOMES = {
     "corruption": "accuracy, corrupted",
     "agreement": "− disagreement",
 }
+
+
 def sibling_disagreement(top: np.ndarray) -> np.ndarray:
     """Mean share of differing labels between each row and the others.
 
@@ -1035,8 +1053,21 @@ def train_regressions(
         Seed of the points.
     device : str
 
+    Returns
+    -------
+    Regressions
+
+    Raises
+    ------
+    ValueError
+        For an unknown function.
+
     Source: masonwilliams2025sharp (follow-up, arXiv:2510.12451).
     """
+    if unknown := [k for k in names if k not in OBJECTIVES]:
+        raise ValueError(
+            f"names: got {unknown}; {list(OBJECTIVES)} are accepted"
+        )
     rng = generator(sample, "points")
     both = 7 * torch.rand(2 * points, 2, generator=rng) - 3.5
     values = torch.stack([OBJECTIVES[k](*both.T) for k in names])[..., None]

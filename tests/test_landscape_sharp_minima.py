@@ -16,8 +16,10 @@ from reappraisal.landscape.sharp_minima_reappraisal import (
     OUTCOMES,
     PUBLISHED,
     SIX,
+    Circles,
     LossRegression,
     Panel,
+    Regressions,
     at_equal_error,
     beside_equal_error,
     between_tau,
@@ -26,6 +28,7 @@ from reappraisal.landscape.sharp_minima_reappraisal import (
     digits_task,
     eta_squared,
     evidence_circles,
+    evidence_confidence,
     evidence_disagree,
     evidence_flattest,
     evidence_picks,
@@ -51,6 +54,7 @@ from reappraisal.landscape.sharp_minima_reappraisal import (
     train_regressions,
     weighted_fit,
 )
+from reappraisal.measure.sharpness import average_direction
 from reappraisal.protocol.claims import Claim
 from reappraisal.protocol.statistics import cluster_bootstrap
 
@@ -457,3 +461,143 @@ def test_published_and_registered_names_match():
     for slug in ("baseline-is-flattest-and-never-best", "sharper-and-safer"):
         assert Claim.load(f"A03/{slug}").entry["seeds"]["book"] == 16
     assert PUBLISHED == FACTORIAL[:6]
+
+
+def eight(trace_of, seed=0):
+    """A panel of log losses by control, and traces made from them."""
+    rng = np.random.default_rng(seed)
+    design = np.array([
+        [CONTROLS[k].sam, CONTROLS[k].augment, CONTROLS[k].decay]
+        for k in FACTORIAL
+    ], float)
+    loss = design @ [0.0, 1.0, 1.5] + rng.normal(size=(16, 8))
+    loss, design = loss.T, design.T[..., None]
+    trace = trace_of(loss, *design) + 0.02 * rng.normal(size=loss.shape)
+    return Panel(FACTORIAL, {"loss": np.exp(loss), "trace": np.exp(trace)},
+                 {})
+
+
+def test_confidence_is_judged_by_what_makes_the_trace():
+    slug = "confidence-carries-most-of-it"
+
+    def by_loss(loss, sam, aug, decay):
+        return 0.8 * loss - 0.3 * sam + 0.05 * aug
+
+    def by_control(loss, sam, aug, decay):
+        return aug + decay + 0.3 * sam + 0 * loss
+
+    for made, verdict in ((by_loss, "reproduced"),
+                          (by_control, "not reproduced")):
+        p = eight(made)
+        level = np.full((8, 16), 0.7)
+        design = [[CONTROLS[k].sam, CONTROLS[k].augment, CONTROLS[k].decay]
+                  for k in FACTORIAL]
+        same = made(np.log(level), *np.array(design, float).T[..., None])
+        noise = 0.02 * np.random.default_rng(1).normal(size=level.shape)
+        stopped = np.exp(same + noise), level
+        assert judged(slug, evidence_confidence(p, stopped)
+                      )["verdict"] == verdict
+    # nets at one loss that contradict the regression void the verdict
+    p = eight(by_loss)
+    up = np.exp(0.3 * np.array(design, float)[:, :1] + noise), level
+    assert judged(slug, evidence_confidence(p, up))["verdict"] == "invalid"
+
+
+def made_circles(slope, slope_met, seeds=32, seed=0, **rest):
+    rng = np.random.default_rng(seed)
+    shape = 5, seeds
+    ratio = np.arange(5)[:, None]
+
+    def rising(by):
+        return np.exp(by * ratio + 0.1 * rng.normal(size=shape))
+
+    return replace(
+        Circles(
+            loss=np.full(shape, 1e-3), accuracy=np.ones(shape),
+            test=np.ones(shape), met=np.full(shape, 100.0),
+            fr=rising(slope), rf=rising(slope), fr_met=rising(slope_met),
+            rf_met=rising(slope_met),
+        ), **rest,
+    )
+
+
+def test_circles_are_judged_by_their_trend():
+    slug, who = "harder-function-sharper-minimum", list(range(1000, 1032))
+    for slope, verdict in ((1.0, "reproduced"), (0.0, "not reproduced"),
+                           (-1.0, "not reproduced")):
+        found = judged(slug, evidence_circles(made_circles(slope, 1.0)), who)
+        assert found["verdict"] == verdict
+    gone = judged(slug, evidence_circles(made_circles(1.0, -1.0)), who)
+    assert "gone" in gone["qualifier"]
+    # nets that do not fit their training set are not counted
+    accuracy = np.ones((5, 32))
+    accuracy[4, 15:] = 0.98
+    few = made_circles(1.0, 1.0, accuracy=accuracy)
+    assert judged(slug, evidence_circles(few), who)["verdict"] != "reproduced"
+
+
+def test_circles_that_never_met_the_loss_do_not_count_there():
+    met = np.full((5, 32), 100.0)
+    met[4, :10] = np.nan
+    c = made_circles(1.0, 1.0, met=met)
+    c.fr_met[4, :10] = 0.0  # whatever it is
+    e = evidence_circles(c)
+    assert len(e["rho_fr"]) == 32 and len(e["rho_fr_matched"]) == 22
+    assert min(e["rho_fr_matched"]) > 0.5
+    short = train_circles([1, 2], [(0.9, 1.0)], epochs=2)
+    assert np.isnan(short.met).all() and (short.fr_met == short.fr).all()
+
+
+def test_functions_are_judged_by_the_share_they_explain():
+    slug, who = "one-objective-one-sharpness", SEEDS[:8]
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(7, 8))
+    twins = group_evidence(rng.normal(size=(2, 8)), chance=True)
+    for gap, verdicts in ((0.0, ("not reproduced", "inconclusive")),
+                          (3.0, ("reproduced",))):
+        one = group_evidence(gap * np.arange(7)[:, None] + noise)
+        found = judged(slug, {
+            "eta2": one, "eta2_equal_error": one, "eta2_raw": one,
+            "same_function": twins,
+        }, who)
+        assert found["verdict"] in verdicts
+    # two samples of one function that differ withhold it
+    apart = group_evidence(noise[:2] + 9 * np.arange(2)[:, None], chance=True)
+    found = judged(slug, {
+        "eta2": one, "eta2_equal_error": one, "eta2_raw": one,
+        "same_function": apart,
+    }, who)
+    assert found["verdict"] == "inconclusive"
+
+
+def test_functions_fitted_apart_are_those_fitted_together(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("reappraisal.lab.zoo.cache_dir", lambda: tmp_path)
+    how = {"points": 20, "steps": (0, 5)}
+    names = "sphere", "Booth"
+    whole = train_regressions([1, 2], names, **how)
+    apart = Regressions.join(
+        [train_regressions([1, 2], (k,), **how) for k in names])
+    assert apart.names == whole.names
+    assert torch.equal(apart.targets, whole.targets)
+    np.testing.assert_allclose(apart.error, whole.error, rtol=1e-5)
+    np.testing.assert_allclose(
+        apart.sharpness(5, draws=3), whole.sharpness(5, draws=3), atol=1e-5)
+    one = whole.sharpness(5, draws=3, which=[1])
+    assert np.isnan(one[0]).all() and np.isfinite(one[1]).all()
+    # the network is read alone, and as `average_direction` reads the stack
+    stack = average_direction(
+        whole.nets.at(5)[[0, 1]], (whole.x, whole.targets[0]), "mse",
+        n_draws=3, dtype=torch.float64)
+    np.testing.assert_allclose(
+        whole.sharpness(5, draws=3)[0], stack.log10(), atol=1e-9)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="names: got \\['dropout'\\]"):
+        train_bank("mlp", digits_task(0.0, rows=20), [1], ("dropout",))
+    with pytest.raises(ValueError, match="names: got \\['plane'\\]"):
+        train_regressions([1], ("plane",))
+    with pytest.raises(ValueError, match="inputs"):
+        network("conv", 40)

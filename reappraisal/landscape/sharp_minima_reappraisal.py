@@ -257,9 +257,16 @@ def network(kind: str, inputs: int = 64) -> nn.Module:
         "mlp", "ln" or "conv".
     inputs : int
         64 for the conv net.
+
+    Raises
+    ------
+    ValueError
+        For another kind, or a conv net of other inputs.
     """
     if kind not in NETS:
         raise ValueError(f"kind: got {kind!r}; {list(NETS)} are accepted")
+    if kind == "conv" and inputs != 64:
+        raise ValueError(f"inputs: got {inputs}; the conv net accepts 64")
     if kind != "conv":
         return mlp((inputs, 64, 10), norm="layer" if kind == "ln" else None)
     return nn.Sequential(
@@ -334,7 +341,16 @@ def train_bank(
     Returns
     -------
     Bank
+
+    Raises
+    ------
+    ValueError
+        For an unknown architecture or control.
     """
+    if unknown := [k for k in names if k not in CONTROLS]:
+        raise ValueError(
+            f"names: got {unknown}; {list(CONTROLS)} are accepted"
+        )
     n, inputs = task.table.shape[1:]
     module = network(kind, inputs)
     every = torch.arange(9 * n)
@@ -474,6 +490,8 @@ OUTCOMES = {
     "corruption": "accuracy, corrupted",
     "agreement": "− disagreement",
 }
+
+
 def sibling_disagreement(top: np.ndarray) -> np.ndarray:
     """Mean share of differing labels between each row and the others.
 
@@ -804,7 +822,8 @@ class Circles:
     met : array
         Step at which the common loss was reached; NaN if it never was.
     fr, rf, fr_met, rf_met : array
-        Published sharpness at the end, and at the common loss.
+        Published sharpness at the end, and at the common loss; nets that
+        never reached it are read at the end here too.
     """
 
     loss: np.ndarray
@@ -887,6 +906,9 @@ def train_circles(
         seeds=seeds * C, batch_size=5, per_member=("x",), callbacks=look,
         every=10, device=device,
     )
+    never = met.isnan()
+    for k, v in nets.params.items():
+        kept[k][never] = v[never]
     early = replace(nets, params=kept)
     columns: dict[str, list] = {}
     for c in range(C):
@@ -969,6 +991,17 @@ class Regressions:
     targets: Tensor
     error: np.ndarray
 
+    @classmethod
+    def join(cls, parts: Sequence[Regressions]) -> Regressions:
+        """One of several whose functions differ and nothing else."""
+        return replace(
+            parts[0],
+            names=tuple(k for p in parts for k in p.names),
+            nets=Ensemble.join([p.nets for p in parts]),
+            targets=torch.cat([p.targets for p in parts]),
+            error=np.concatenate([p.error for p in parts], 1),
+        )
+
     def sharpness(
         self, step: int, radius: float = 0.005, draws: int = 100,
         which: Sequence[int] | None = None,
@@ -982,12 +1015,13 @@ class Regressions:
         nets = self.nets.at(step)
         rows = np.full((len(self.names), n), math.nan)
         for i in range(len(rows)) if which is None else which:
-            some = nets[list(range(i * n, (i + 1) * n))]
-            value = average_direction(
-                some, (self.x, self.targets[i]), "mse", radius=radius,
-                n_draws=draws, dtype=torch.float64,
-            )
-            rows[i] = value.log10().cpu().double().numpy()
+            for j in range(n):  # alone they stay in a core's cache
+                value = average_direction(
+                    nets[[i * n + j]], (self.x, self.targets[i]), "mse",
+                    radius=radius, n_draws=draws, dtype=torch.float64,
+                    batch_size=256,
+                )
+                rows[i, j] = value.log10().item()
         return rows
 
 
@@ -1019,8 +1053,21 @@ def train_regressions(
         Seed of the points.
     device : str
 
+    Returns
+    -------
+    Regressions
+
+    Raises
+    ------
+    ValueError
+        For an unknown function.
+
     Source: masonwilliams2025sharp (follow-up, arXiv:2510.12451).
     """
+    if unknown := [k for k in names if k not in OBJECTIVES]:
+        raise ValueError(
+            f"names: got {unknown}; {list(OBJECTIVES)} are accepted"
+        )
     rng = generator(sample, "points")
     both = 7 * torch.rand(2 * points, 2, generator=rng) - 3.5
     values = torch.stack([OBJECTIVES[k](*both.T) for k in names])[..., None]
@@ -1384,6 +1431,8 @@ def evidence_circles(
 ) -> dict:
     """For A03/harder-function-sharper-minimum.
 
+    At the common loss only seeds count that reached it at all ratios.
+
     Parameters
     ----------
     circles : Circles
@@ -1395,11 +1444,13 @@ def evidence_circles(
     """
     full = (circles.accuracy == 1).all(0)
     keep = full if full.any() else ~full  # judged nowhere: too few
+    met = keep & np.isfinite(circles.met).all(0)
+    met = met if met.any() else keep  # a trial run
     rng = np.random.default_rng(seed)
     found: dict = {"too_few": [max(0, least - int(full.sum()))]}
     for m in ("fr", "rf"):
-        for end in ("", "_met"):
-            v = getattr(circles, m + end)[:, keep]
+        for end, who in (("", keep), ("_met", met)):
+            v = getattr(circles, m + end)[:, who]
             name = m + ("_matched" if end else "")
             found[f"page_{name}"] = v.T
             found[f"rho_{name}"] = ranks_with(RATIOS, v)

@@ -436,7 +436,9 @@ def read_suite(
             zip(a.logits.split(size), b.logits.split(size), strict=True)
         ]
         return {
-            m: torch.cat([DISTANCES[k](*pair) for pair in pairs]).cpu().numpy()
+            m: torch.cat(
+                [DISTANCES[k](*pair) for pair in pairs]
+            ).cpu().numpy()
             for m, k in MEASURES.items()
         }
 

@@ -1,5 +1,7 @@
 """The chapter on distillation: would its rules notice if nothing were there?"""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy
@@ -198,6 +200,26 @@ def test_a_teacher_that_is_a_copy_of_noise_teaches_no_function(data):
     assert r.train_accuracy["none"].mean() > 0.5
 
 
+def test_a_taught_network_and_the_same_without_its_teacher():
+    d = mnist1d(1800, seed=3)
+    cuts = [1000, 200, 600]
+    parts = list(zip(d.X.float().split(cuts), d.y.split(cuts), strict=True))
+    names = {"real 0.9", "none 2", "none 3", *CONTROLS}
+    suite = control_suite(
+        ARCHITECTURES["mlp"], parts[0], SEEDS,
+        {k: CONDITIONS[k] for k in names}, steps=200,
+        optimiser=SGD(0.1, momentum=0.9),
+    )
+    taught = read_suite(suite, *parts)
+    # the mechanism off: a third network that never met a teacher
+    off = replace(taught, distance={
+        **taught.distance, "real 0.9": taught.distance["none 3"]})
+    for r, expected in ((taught, "reproduced"), (off, "not reproduced")):
+        found = judge("kd-closer-than-four-controls",
+                      evidence_closer(dict.fromkeys(ARCHS, r)))
+        assert found.verdict == expected
+
+
 def test_alpha_zero_removes_the_teacher(data):
     part, _ = data
     names = {"none": CONDITIONS["none"], "idle": Condition("model", 0.0),
@@ -363,10 +385,26 @@ def test_entropy_against_draws(classes):
     (lambda: closer(np.full((4, 3), np.nan), np.zeros((2, 4, 3))), "finite"),
     (lambda: control_suite(ARCHITECTURES["mlp"], (0, 0), [1], {},
                            **TRAINING), "conditions"),
+    (lambda: control_suite(ARCHITECTURES["mlp"], (0, 0), [1, 2], CONDITIONS,
+                           orders=[1], **TRAINING), "orders"),
+    (lambda: closer(np.zeros((4, 3)), np.zeros((4, 4, 2))), "shapes"),
+    (lambda: ARCHITECTURES["conv"](0, inputs=12), "inputs"),
+    (lambda: ARCHITECTURES["attention"](0, inputs=41), "patch"),
 ])
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_readings_of_students_that_are_not_there(data):
+    part, rest = data
+    suite = control_suite(ARCHITECTURES["mlp"], part, [1],
+                          {"real 0.9": CONDITIONS["real 0.9"]}, **TRAINING)
+    read_suite(suite, part, rest, rest, fitted=())
+    for asked in ({}, {"gains": ["real 0.9"], "fitted": ()},
+                  {"fitted": ["real 0.5"]}):
+        with pytest.raises(ValueError, match="no students"):
+            read_suite(suite, part, rest, rest, **asked)
 
 
 def test_conditions_are_the_published_ones():

@@ -70,14 +70,22 @@ class Windows(nn.Module):
 
 
 def perceptron(seed: int, inputs: int = 40, classes: int = 10) -> nn.Module:
-    """Two hidden layers of 64 rectifiers."""
+    """Two hidden layers of 64 rectifiers, on inputs [B, inputs]."""
     return mlp([inputs, 64, 64, classes], seed=seed)
 
 
 def convolutional(
     seed: int, inputs: int = 40, classes: int = 10
 ) -> nn.Module:
-    """Two convolutions and a linear read-out."""
+    """Two convolutions and a linear read-out, on inputs [B, inputs].
+
+    Raises
+    ------
+    ValueError
+        For fewer than 13 inputs.
+    """
+    if inputs < 13:
+        raise ValueError(f"inputs: got {inputs}; 13 or more are accepted")
     places = ((inputs - 5) // 2 + 1 - 5) // 2 + 1
     net = nn.Sequential(
         nn.Unflatten(1, (inputs, 1)),
@@ -94,7 +102,18 @@ def convolutional(
 def attention(
     seed: int, inputs: int = 40, classes: int = 10, patch: int = 8
 ) -> nn.Module:
-    """One transformer block on patches, and a linear read-out of all."""
+    """One transformer block on patches, and a linear read-out of all.
+
+    Raises
+    ------
+    ValueError
+        If patches do not cover the inputs [B, inputs].
+    """
+    if patch < 1 or inputs < patch or inputs % patch:
+        raise ValueError(
+            f"inputs, patch: got {inputs} and {patch}; a multiple of the "
+            "patch is accepted"
+        )
     length = inputs // patch
     block = transformer(patch, 16, length, 16, 2, 1, tokens=False, pool=None)
     net = nn.Sequential(
@@ -272,7 +291,8 @@ def control_suite(
     Raises
     ------
     ValueError
-        If there are no conditions, or `train` and `distil` refuse.
+        If there are no conditions, orders do not fit the seeds, or `train`
+        and `distil` refuse.
 
     Source: masonwilliams2024distillation, sec. 2.
     """
@@ -280,6 +300,11 @@ def control_suite(
         raise ValueError("conditions: empty; at least one is needed")
     seeds = list(seeds)
     first = [s + 100_000 for s in seeds] if orders is None else list(orders)
+    if len(first) != len(seeds):
+        raise ValueError(
+            f"orders: got {len(first)} for {len(seeds)} seeds; one for each "
+            "is accepted"
+        )
     x, y = (t.to(device) for t in data)
     # where all see the same rows, one teacher for each seed will do
     own_seeds = list(dict.fromkeys(seeds)) if rows is None else seeds
@@ -388,7 +413,18 @@ def read_suite(
     Returns
     -------
     Readings
+
+    Raises
+    ------
+    ValueError
+        If a condition is not among the suite's, or an output is not finite.
     """
+    asked = {*gains, *fitted} | ({"none"} if gains else set())
+    if missing := sorted(asked - set(suite.students)):
+        raise ValueError(
+            f"gains, fitted: no students under {missing}; "
+            f"{list(suite.students)} are accepted (gains need 'none')"
+        )
 
     def on(data, model):
         return read_outputs(model, data, batch_size=256)
@@ -400,7 +436,9 @@ def read_suite(
             zip(a.logits.split(size), b.logits.split(size), strict=True)
         ]
         return {
-            m: torch.cat([DISTANCES[k](*pair) for pair in pairs]).cpu().numpy()
+            m: torch.cat(
+                [DISTANCES[k](*pair) for pair in pairs]
+            ).cpu().numpy()
             for m, k in MEASURES.items()
         }
 
@@ -491,7 +529,8 @@ def closer(
         If shapes do not fit or something is not finite.
     """
     student, controls = np.asarray(student), np.asarray(controls)
-    if student.ndim < 2 or controls.ndim != student.ndim + 1:
+    fits = student.ndim > 1 and controls.ndim == student.ndim + 1
+    if not fits or np.delete(controls.shape, -3).tolist() != [*student.shape]:
         raise ValueError(
             f"student, controls: shapes {student.shape} and "
             f"{controls.shape}; [..., M, S] and [..., K, M, S] are accepted"
@@ -530,6 +569,13 @@ def simulated_power(
 
     The student is a second replicate without a teacher whose distances are
     smaller by a share `shrink`; seeds are drawn with replacement.
+
+    Parameters
+    ----------
+    distance
+        Condition to measure to distances [S]; `CONTROLS` and "none 2".
+    shrink, draws, seed
+        The planted effect, and how often the experiment is simulated.
     """
     student = (1 - shrink) * table(distance, ["none 2"])[0]
     controls = table(distance, CONTROLS)
@@ -551,6 +597,13 @@ def false_alarms(
     """Share of draws in which a replicate without a teacher beats another.
 
     Which of the two is the student is drawn for every seed anew.
+
+    Parameters
+    ----------
+    distance
+        Condition to measure to distances [S]; "none" and "none 2".
+    draws, seed
+        How often, and the seed of the draws.
     """
     pair = table(distance, ["none", "none 2"])
     n = pair.shape[-1]

@@ -325,8 +325,7 @@ class PairLoss:
         Z.mul_((w / total)[:, None]).scatter_add_(1, y[:, None], -w[:, None])
         G = scores.copy_(Z)
         to_W, to_c = torch.bmm(G, H), G.sum(2)
-        relu_back = torch.ops.aten.threshold_backward.grad_input
-        relu_back(torch.bmm(G.mT, W, out=D), H, 0, grad_input=D)
+        torch.bmm(G.mT, W, out=D).mul_(H.sign_())
         D = D.view(S, p, p, h)
         return loss, aux, (D.sum(2), D.sum(1), to_W, to_c)
 

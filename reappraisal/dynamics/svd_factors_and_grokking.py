@@ -238,8 +238,8 @@ def into_tables(
         to_E[:, :p] = torch.bmm(to_A, w1).add_(torch.bmm(to_B, w3))
         to_E[:, p] = torch.bmm(const[:, None], w2)[:, 0]
         to_E[:, p + 1] = torch.bmm(const[:, None], w4)[:, 0]
-        tall[:, :, 0] = torch.bmm(to_A.mT, numbers)
-        tall[:, :, 2] = torch.bmm(to_B.mT, numbers)
+        tall[:, :, 0] = torch.bmm(numbers.mT, to_A).mT
+        tall[:, :, 2] = torch.bmm(numbers.mT, to_B).mT
         torch.mul(
             const[:, :, None, None], constants[:, None], out=tall[:, :, 1::2]
         )

@@ -15,6 +15,7 @@ from reappraisal.dynamics.svd_factors_and_grokking import (
     Cell,
     Finished,
     Lockstep,
+    PairLoss,
     Progress,
     Run,
     Setting,
@@ -31,6 +32,7 @@ from reappraisal.dynamics.svd_factors_and_grokking import (
     pairs,
     run_arm,
     run_table,
+    stacked,
     supposed,
 )
 from reappraisal.lab.ensemble import FirstStep
@@ -323,3 +325,27 @@ def test_a_cell_cut_short_is_never_called_never():
 def test_unknown_task_is_named():
     with pytest.raises(ValueError, match="task"):
         pairs(7, 0.5, [1], "divide")
+
+
+@pytest.mark.parametrize("name", ("standard", "full", "middle", "two"))
+def test_how_many_go_together_changes_no_bit(name):
+    params = stacked(LADDER[name], TINY, range(5))
+    batch, found = pairs(7, 0.7, range(5)), []
+    for together in (2, 8):
+        loss = PairLoss(7)
+        loss.together = together
+        grads = {k: torch.full_like(v, float("nan")) for k, v in params.items()}
+        value, aux = loss.value_and_grad(params, batch, grads)
+        found.append([value, *aux.values(), *grads.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_an_arm_cannot_do_is_named():
+    with pytest.raises(ValueError, match="decay: got 'prodct'"):
+        Arm("", decay="prodct")
+    with pytest.raises(ValueError, match="train: got 'U'"):
+        Arm("", train="U")
+    with pytest.raises(ValueError, match="seeds: got none"):
+        run_arm(LADDER["full"], TINY, [], 0.7)
+    with pytest.raises(ValueError, match="none of arm 'full'"):
+        best_cell([], "full", range(3), "rate")

@@ -155,8 +155,9 @@ def tables(
         S, h, _ = first.shape
         w1, w2, w3, w4 = first.view(S, h, 4, E.shape[2]).unbind(2)
         numbers, plus, equals = E.split([p, 1, 1], 1)
-        A = numbers @ w1.mT + plus @ w2.mT + equals @ w4.mT + bias
-        B = numbers @ w3.mT
+        A = torch.bmm(numbers, w1.mT).add_(torch.bmm(plus, w2.mT))
+        A.add_(torch.bmm(equals, w4.mT)).add_(bias)
+        B = torch.bmm(numbers, w3.mT)
     else:
         A, B = (w.mT for w in first.split(p, 2))
         A, B = A + bias, B.contiguous()
@@ -187,7 +188,7 @@ def into_factors(
     keys = [k for i in range(3) if (k := f"{stem}{i}") in params]
     parts = [params[k] for k in keys]
     right, end = parts[-1], keys[-1]
-    inner = back @ right.mT
+    inner = torch.bmm(back, right.mT)
     if len(parts) == 2:
         before, found = parts[0], [inner]
     elif parts[1].ndim == 2:
@@ -195,12 +196,13 @@ def into_factors(
         before, found = left * middle, [inner * middle, (inner * left).sum(1)]
     else:
         left, middle = parts[:2]
-        before, found = left @ middle, [inner @ middle.mT, left.mT @ inner]
+        before = torch.bmm(left, middle)
+        found = [torch.bmm(inner, middle.mT), torch.bmm(left.mT, inner)]
     for key, value in zip(keys, found, strict=False):
         if key in grads:
             grads[key].copy_(value)
     if end in grads:
-        grads[end].copy_(before.mT @ back)
+        grads[end].copy_(torch.bmm(before.mT, back))
 
 
 def into_tables(
@@ -264,9 +266,11 @@ def accuracies(
     own = scores.gather(1, y[:, None])[:, 0]
     right = own >= top
     trained = (right & train).sum(1)
-    hits = torch.stack([trained, right.sum(1) - trained], 1)
-    found = (hits / count).unbind(1)
-    return dict(zip(("train", "test"), found, strict=True)), own, top
+    found = {
+        "train": trained / count[:, 0],
+        "test": (right.sum(1) - trained) / count[:, 1],
+    }
+    return found, own, top
 
 
 class PairLoss:
@@ -341,9 +345,12 @@ class PairLoss:
             some = slice(at, at + many)
             part = {k: v[some] for k, v in told.items()}
             found.append(self.core(*(t[some] for t in tensors), part, True))
-        loss = torch.cat([f[0] for f in found])
-        aux = {k: torch.cat([f[1][k] for f in found]) for k in found[0][1]}
-        back = [torch.cat(b) for b in zip(*(f[2] for f in found), strict=True)]
+        loss, aux, back = found[0]
+        if len(found) > 1:
+            losses, each, backs = zip(*found, strict=True)
+            loss = torch.cat(losses)
+            aux = {k: torch.cat([a[k] for a in each]) for k in aux}
+            back = [torch.cat(b) for b in zip(*backs, strict=True)]
         into_tables(params, grads, products, back)
         return loss, aux | {"table": tensors[0]} | products
 
@@ -496,6 +503,11 @@ class Arm:
         Embedding width and hidden units, if not the setting's.
     strength
         Of the Schatten shrinkage, in units of the rate.
+
+    Raises
+    ------
+    ValueError
+        For an unknown `decay` or `train`.
     """
 
     label: str
@@ -504,6 +516,15 @@ class Arm:
     train: str = "all"
     size: tuple[int, int] | None = None
     strength: float = 0.0
+
+    def __post_init__(self):
+        for name, accepted in (
+            ("decay", ("all", "product", "schatten")), ("train", ("all", "s"))
+        ):
+            if (got := getattr(self, name)) not in accepted:
+                raise ValueError(
+                    f"{name}: got {got!r}; {accepted} are accepted"
+                )
 
 
 LADDER = {
@@ -625,11 +646,10 @@ class Finished:
         state.record("test", test)
         train, test = train.numpy(), test.numpy()
         good = (train >= 0.99) & (test >= 0.95)
-        self.streak[who] = np.where(good, self.streak[who] + 1, 0)
-        self.best[who] = np.maximum(self.best[who], test)
+        streak = self.streak[who] = (self.streak[who] + 1) * good
+        best = self.best[who] = np.maximum(self.best[who], test)
         if self.goal is not None:
-            reached = self.best[who] >= self.goal
-            done = reached & (self.streak[who] >= self.hold)
+            done = (best >= self.goal) & (streak >= self.hold)
             if done.any():
                 state.stop(torch.from_numpy(done).to(state.members.device))
 
@@ -792,7 +812,9 @@ def summarise(
 def stacked(
     arm: Arm, setting: Setting, seeds: Sequence[int], dtype=torch.float32
 ) -> dict[str, Tensor]:
-    """Initial parameters `[S, ...]` of an arm."""
+    """Initial parameters `[S, ...]` of an arm; a ValueError without seeds."""
+    if not len(seeds):
+        raise ValueError("seeds: got none; one at least is needed")
     made = {s: dict(build(arm, setting, s).named_parameters())
             for s in dict.fromkeys(seeds)}
     return {
@@ -838,6 +860,11 @@ def run_arm(
     Returns
     -------
     Run
+
+    Raises
+    ------
+    ValueError
+        Without seeds, or what `pairs` and `lab.ensemble.fit` refuse.
     """
     seeds = list(seeds)
     params = {
@@ -859,18 +886,19 @@ def run_arm(
         strength = np.broadcast_to(arm.strength, len(seeds)).copy()
         decay = SchattenDecay(strength, keep)
         callbacks.append(decay.watch)
-    done = fit(
-        params,
-        PairLoss(setting.p),
-        optimiser=AdamW(
-            lr=setting.rate, weight_decay=setting.decay, beta2=0.98
-        ),
-        steps=setting.steps,
-        per_member=pairs(setting.p, frac, seeds, task, device),
-        decay=decay,
-        trainable=s_and_bias if arm.train == "s" else None,
-        callbacks=callbacks,
-    )
+    with torch.inference_mode():  # gradients are by hand
+        done = fit(
+            params,
+            PairLoss(setting.p),
+            optimiser=AdamW(
+                lr=setting.rate, weight_decay=setting.decay, beta2=0.98
+            ),
+            steps=setting.steps,
+            per_member=pairs(setting.p, frac, seeds, task, device),
+            decay=decay,
+            trainable=s_and_bias if arm.train == "s" else None,
+            callbacks=callbacks,
+        )
     return summarise(
         arm, seeds, done.history, setting.steps, setting.hold,
         parameters=sum(v[0].numel() for v in done.params.values()),
@@ -1006,6 +1034,11 @@ def best_cell(
         Tuning seeds to use.
     *names
         Columns that make a cell, such as "rate" and "decay".
+
+    Raises
+    ------
+    ValueError
+        If no row is of that arm and those seeds.
     """
     seeds, cells = set(seeds), {}
     for row in rows:
@@ -1013,6 +1046,8 @@ def best_cell(
         if wanted and row["seed"] in seeds:
             cell = tuple(row[n] for n in names)
             cells.setdefault(cell, []).append(row["test"])
+    if not cells:
+        raise ValueError(f"rows: none of arm {arm!r} on seeds {seeds}")
     return min(cells, key=lambda c: (np.mean(cells[c]), c))
 
 # %% ../../nbs/dynamics/svd_factors_and_grokking.ipynb #07b35d66

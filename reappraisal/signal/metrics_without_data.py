@@ -35,9 +35,9 @@ from ..protocol.statistics import correlation, mcnemar, tost
 
 # %% auto #0
 __all__ = ['EIGHT', 'NINE', 'TARGETS', 'grades', 'Branch', 'residual', 'kaiming', 'cooled', 'weight_layers', 'double', 'swap',
-           'Resets', 'resets', 'contributions', 'taus', 'pooled', 'rho_table', 'evidence_blind', 'fresh_spectra',
-           'passes', 'evidence_untrained', 'Laundry', 'laundry', 'evidence_function', 'factors', 'rebuilt',
-           'evidence_vectors', 'held_out', 'within_net', 'evidence_ranking', 'first_members', 'Pairs',
+           'Resets', 'resets', 'contributions', 'taus', 'pooled', 'rho_table', 'comparators', 'evidence_blind',
+           'fresh_spectra', 'passes', 'evidence_untrained', 'Laundry', 'laundry', 'evidence_function', 'factors',
+           'rebuilt', 'evidence_vectors', 'held_out', 'within_net', 'evidence_ranking', 'first_members', 'Pairs',
            'verdicts_on_resets', 'find_pairs', 'evidence_pairs', 'regraded', 'evidence_population']
 
 # %% ../../nbs/signal/metrics_without_data.ipynb #0fa51148
@@ -73,8 +73,16 @@ def grades(
     -------
     Tensor [M, L], or [M, S, L] for an ensemble, float64
 
+    Raises
+    ------
+    ValueError
+        If there is no such layer or score, none is named, a layer has
+        fewer than eight eigenvalues, or weights are not finite.
+
     Source: masonwilliams2025datafree, app. A.
     """
+    if not names:
+        raise ValueError(f"names: none; of {list(NINE)} some are accepted")
     report = analyse_weights(
         model,
         layers,
@@ -116,7 +124,20 @@ def kaiming(module: nn.Module, seed: int) -> nn.Module:
 
 
 def cooled(steps: int, last: int) -> Callable[[int], float]:
-    """A constant rate that falls to zero over the last steps."""
+    """A constant rate that falls to zero over the last steps.
+
+    Parameters
+    ----------
+    steps, last : int
+        Of training, and of the fall.
+
+    Returns
+    -------
+    function of the step
+        Factors on the rate, from 1 to 0.
+    """
+    if last < 1:
+        raise ValueError(f"last: got {last}; 1 or more is accepted")
     return lambda t: min(1.0, (steps - t) / last)
 
 
@@ -317,13 +338,29 @@ def contributions(x: Any, y: Any) -> np.ndarray:
     Returns
     -------
     array [n, ...]
+
+    Raises
+    ------
+    ValueError
+        If something is not finite, or one has equal values only.
     """
 
-    def standard(v):
-        r = stats.rankdata(np.asarray(v, dtype=float), axis=0)
-        return (r - r.mean(0)) / r.std(0)
+    def standard(name, v):
+        v = _finite(name, v)
+        r = stats.rankdata(v, axis=0)
+        spread = r.std(0)
+        if not np.all(spread > 0):
+            raise ValueError(f"{name}: constant; ranks need some difference")
+        return (r - r.mean(0)) / spread
 
-    return standard(x) * standard(y)
+    return standard("x", x) * standard("y", y)
+
+
+def _finite(name: str, values: Any) -> np.ndarray:
+    found = np.asarray(values, dtype=float).copy()
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name}: not finite; finite numbers are accepted")
+    return found
 
 
 def taus(x: Any, y: Any) -> np.ndarray:
@@ -336,9 +373,19 @@ def taus(x: Any, y: Any) -> np.ndarray:
     Returns
     -------
     array [...]
+
+    Raises
+    ------
+    ValueError
+        If something is not finite, or lengths differ.
     """
-    x, y = (torch.as_tensor(np.array(v, dtype=float)) for v in (x, y))
-    return kendall_tau(x, y).numpy()
+    x, y = _finite("x", x), _finite("y", y)
+    if x.shape[-1:] != y.shape[-1:]:
+        raise ValueError(
+            f"x, y: {x.shape} and {y.shape}; equal last dimensions are "
+            "accepted"
+        )
+    return kendall_tau(torch.as_tensor(x), torch.as_tensor(y)).numpy()
 
 # %% ../../nbs/signal/metrics_without_data.ipynb #fcf06f07
 def pooled(r: Resets, metric: int, layer: int) -> tuple[Any, Any]:
@@ -358,6 +405,33 @@ def rho_table(r: Resets) -> np.ndarray:
             for m in range(M)
         ]
     )
+
+
+def comparators(r: Resets) -> dict[str, np.ndarray]:
+    """Spearman's rho of what sees a reset, with accuracy over both resets.
+
+    Parameters
+    ----------
+    r : Resets
+
+    Returns
+    -------
+    dict to array [L]
+        Of the distance to the layer's own start, and of the functional
+        displacement.
+    """
+    S, L = r.trained.shape[1:]
+    kinds, found = ("reinit", "rerand"), {}
+    for name, table in (("distance to start", r.distance),
+                        ("displacement", r.displacement)):
+        x = torch.cat([table[k].reshape(S, L, -1)[..., 0] for k in kinds])
+        found[name] = np.array(
+            [
+                stats.spearmanr(x[:, k], pooled(r, 0, k)[1]).statistic
+                for k in range(L)
+            ]
+        )
+    return found
 
 
 def evidence_blind(r: Resets, seed: int = 0) -> dict[str, Any]:
@@ -390,14 +464,7 @@ def evidence_blind(r: Resets, seed: int = 0) -> dict[str, Any]:
             i = correlation(x, y, "pearson", method="fisher")
             least = max(0.0, i.lo, -i.hi)
             flat.append(max(0.0, 0.95 - np.sqrt(1 - least**2)))
-    short = []
-    for k in range(1, L):
-        _, y = pooled(r, 0, k)
-        for table in (r.distance, r.displacement):
-            kinds = ("reinit", "rerand")
-            x = np.concatenate([table[i][:, k].reshape(S) for i in kinds])
-            rho = abs(stats.spearmanr(x, y).statistic)
-            short.append(max(0.0, 0.7 - rho))
+    seen = np.stack([*comparators(r).values()])[:, 1:]
     gap = r.accuracy("reinit")[..., 0] - r.accuracy("rerand")[..., 0]
     return (
         {f"gap_fc{k + 1}": gap[:, k].numpy() for k in range(1, L)}
@@ -405,7 +472,7 @@ def evidence_blind(r: Resets, seed: int = 0) -> dict[str, Any]:
         | {
             "cells_rho": low,
             "cells_rmse": flat,
-            "comparators": short,
+            "comparators": np.maximum(0, 0.7 - np.abs(seen)).ravel(),
             "permuted": mixed.mean((0, 1)),
         }
     )
@@ -437,7 +504,17 @@ def fresh_spectra(
     Returns
     -------
     Tensor [n, width], ascending, float64, there
+
+    Raises
+    ------
+    ValueError
+        If the law is unknown or a number is too small.
     """
+    if n < 1 or width < 2 or first < 0:
+        raise ValueError(
+            f"n, width, first: got {n}, {width}, {first}; numbers from 1, "
+            "2 and 0 are accepted"
+        )
     if law not in ("uniform", "gaussian"):
         raise ValueError(
             f"law: got {law!r}; 'uniform' and 'gaussian' are accepted"
@@ -716,8 +793,18 @@ def held_out(T: np.ndarray, splits: int = 200, seed: int = 0) -> np.ndarray:
     -------
     array [N]
         Mean over the splits in which the net was held out.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two nets, or no splits.
     """
     M, N = T.shape
+    if N < 2 or splits < 1:
+        raise ValueError(
+            f"T, splits: {N} nets and {splits} splits; from 2 and 1 are "
+            "accepted"
+        )
     rng = np.random.default_rng(seed)
     ranks = rng.random((splits, N)).argsort(1)
     seen = ranks < N // 2

@@ -1,6 +1,8 @@
 """Models come from a seed alone and can be stacked."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -183,3 +185,22 @@ def test_every_kind_learns():
         )  # fmt: skip
         loss = run.history["loss"].values
         assert (loss[:, -1] < 0.5 * loss[:, 0]).all(), name
+
+
+def test_threads_draw_what_one_thread_draws():
+    """Layers draw from a global generator, which threads have in common."""
+    def draw(seed):
+        return reset(mlp((40, 200, 200, 10), seed=seed), seed)
+
+    seeds = list(range(64))
+    alone = [draw(s) for s in seeds]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(draw, seeds))
+    finally:
+        sys.setswitchinterval(interval)
+    for one, other in zip(alone, together, strict=True):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from itertools import pairwise
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,10 @@ def checked_seed(seed: Any) -> int:
     return int(seed)
 
 # %% ../../nbs/lab/models.ipynb #c47c8827
+#: Layers draw from PyTorch's global generator; one thread at a time may.
+_DRAWING = RLock()
+
+
 def reset(module: nn.Module, seed: int, stream: str = "init") -> nn.Module:
     """Draw fresh weights with every layer's own `reset_parameters`.
 
@@ -77,7 +82,7 @@ def reset(module: nn.Module, seed: int, stream: str = "init") -> nn.Module:
     gpus = sorted(
         {p.device.index for p in module.parameters() if p.is_cuda}
     )
-    with torch.random.fork_rng(devices=gpus):
+    with _DRAWING, torch.random.fork_rng(devices=gpus):
         # torch.manual_seed would also reach devices that are not put back
         torch.default_generator.manual_seed(draws)
         for gpu in gpus:
@@ -181,7 +186,7 @@ def seeded(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         scale: float = 1.0,
         **kwargs: Any,
     ) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
+        with _DRAWING, torch.random.fork_rng(devices=[]):
             module = build(*args, **kwargs)
         return initialise(module, init, seed, scale)
 

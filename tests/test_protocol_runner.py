@@ -374,6 +374,17 @@ def test_ctrl_c_ends_kernels_and_keeps_what_is_finished(book, workers):
     assert code == 0 and "1 cached, 1 ran" in said
 
 
+def test_workers_leave_ctrl_c_to_the_run():
+    dask = r.OnDask(1)
+    try:
+        (pid,) = dask.client.run(os.getpid).values()
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.3)
+        assert dask.client.submit(os.getpid).result(timeout=20) == pid
+    finally:
+        dask.close()
+
+
 def test_sigterm_does_the_same(book):
     code, said = interrupted(book, signal.SIGTERM, "--workers", 1)
     assert code == 143 and "1 ran, 1 skipped" in said

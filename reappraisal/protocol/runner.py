@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import secrets
+import signal
 import threading
 import time
 from collections import deque
@@ -71,7 +72,7 @@ TIMEOUTS = {"smoke": 120.0, "book": 900.0, "paper": None}
 
 # %% auto #0
 __all__ = ['TIMEOUTS', 'Outcome', 'Changed', 'stored_record', 'write_back', 'doubts', 'SchedulerLost', 'Here', 'run_on_worker',
-           'OnDask', 'Task', 'make_task', 'Run', 'Status', 'status']
+           'dask_setup', 'OnDask', 'Task', 'make_task', 'Run', 'Status', 'status']
 
 # %% ../../nbs/protocol/runner.ipynb #d0bbbdaa
 @dataclass
@@ -270,6 +271,12 @@ def run_on_worker(job: Job, topic: str) -> Result:
         over.set()
 
 
+def dask_setup(worker: object) -> None:
+    """Leave Ctrl-C to the process that started a worker, and will end it."""
+    # a handler, as the kernels a worker starts would inherit SIG_IGN
+    signal.signal(signal.SIGINT, lambda *_: None)
+
+
 def _carried(job: Job, topic: str) -> Callable[[], dict]:
     """A job as a function that a process without the package can read."""
     values = dict(vars(job))
@@ -369,6 +376,7 @@ class OnDask:
             "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"},
             "silence_logs": logging.CRITICAL,
             "local_directory": str(folder.path),
+            "preload": ["reappraisal.protocol.runner"],
         }
         try:
             return LocalCluster(**options)

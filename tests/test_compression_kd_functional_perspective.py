@@ -41,6 +41,7 @@ from reappraisal.lab.ensemble import SGD
 from reappraisal.measure.functional import AgreementGain
 from reappraisal.measure.reading import read_outputs
 from reappraisal.protocol.claims import Claim
+from reappraisal.protocol.multiplicity import holm
 
 SEEDS = list(range(1000, 1024))
 ARCHS = ("mlp", "conv", "attention")
@@ -344,6 +345,16 @@ def test_closer_against_scipy_and_by_hand():
     assert (found.p >= raw - 1e-12).all()
     assert found.p.min() == pytest.approx(16 * raw.min())
     assert (closer(student, student[None]).p == 1).all()
+
+
+@pytest.mark.parametrize("n", [5, 9, 14])
+def test_ties_and_zeros_are_tested_as_scipy_does(n):
+    rng = np.random.default_rng(n)
+    student, control = rng.integers(0, 6, (2, 3, n)) / 64
+    p = closer(student, control[None]).p
+    raw = [scipy.stats.wilcoxon(row, alternative="greater").pvalue
+           for row in control - student]
+    np.testing.assert_allclose(p.ravel(), holm(raw), rtol=1e-12)
 
 
 def test_no_false_alarms_and_power_that_grows():

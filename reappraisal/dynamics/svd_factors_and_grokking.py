@@ -50,9 +50,9 @@ __all__ = ['MATRICES', 'TASKS', 'LADDER', 'FRACTIONS', 'RANKS', 'RATES', 'DECAYS
            'PAPER', 'Runs', 'WHERE', 'PUBLISHED', 'EPOCHS', 'SHARES', 'TokenMLP', 'OneHotMLP', 'tables', 'into_factors',
            'into_tables', 'accuracies', 'PairLoss', 'pairs', 'PathLength', 'Concentration', 'fourier_concentration',
            'effective_rank', 'Arm', 'Setting', 'build', 'matched', 'Finished', 'Anatomy', 'SchattenDecay', 'Run',
-           'reached', 'summarise', 'stacked', 'run_arm', 'run_all', 'tuning_jobs', 'tuning_rows', 'choose_cell',
-           'best_cell', 'read_rows', 'write_rows', 'scrambled', 'epoch_orders', 'Cell', 'Progress', 'joined',
-           'Lockstep', 'Lane', 'run_table', 'product_distance', 'versus', 'beyond_one', 'evidence_best',
+           'reached', 'summarise', 'stacked', 'OnePass', 'run_arm', 'run_all', 'tuning_jobs', 'tuning_rows',
+           'choose_cell', 'best_cell', 'read_rows', 'write_rows', 'scrambled', 'epoch_orders', 'Cell', 'Progress',
+           'joined', 'Lockstep', 'Lane', 'run_table', 'product_distance', 'versus', 'beyond_one', 'evidence_best',
            'evidence_ranks', 'evidence_delay', 'evidence_sooner', 'evidence_tuned', 'evidence_mechanism',
            'evidence_budget', 'published_ratio', 'published_cells', 'published_rows', 'supposed']
 
@@ -293,23 +293,20 @@ class PairLoss:
         self.p, self.buffers = p, None
 
     def scratch(self, S: int, h: int, v: int, like: Tensor) -> list[Tensor]:
-        """Buffers for hidden activity, its gradient, scores, probabilities."""
+        """Buffers for hidden activity, its gradient, and scores."""
         if self.buffers is None or len(self.buffers[0]) < S:
             n = self.p**2
             self.buffers = [
                 like.new_empty(S, n, h),
                 like.new_empty(S, n, h),
                 like.new_empty(S, v, n),
-                torch.empty(
-                    S, v, n, dtype=torch.float64, device=like.device
-                ),
             ]
         return [b[:S] for b in self.buffers]
 
     def core(self, A, B, W, c, batch, gradient):
         """Loss `[S]`, accuracies, and gradients of A, B, W and c."""
         S, p, h = A.shape
-        H, D, scores, Z = self.scratch(S, h, W.shape[1], A)
+        H, D, scores = self.scratch(S, h, W.shape[1], A)
         grid = H.view(S, p, p, h)
         torch.add(A[:, :, None], B[:, None], out=grid).relu_()
         torch.bmm(W, H.mT, out=scores).add_(c[:, :, None])
@@ -317,13 +314,14 @@ class PairLoss:
         aux, own, top = accuracies(
             scores, y, batch["train"], batch["count"]
         )
-        Z.copy_(scores).sub_(top[:, None]).exp_()
-        total = Z.sum(1)
-        loss = ((total.log() - (own - top)) * w).sum(1)
+        G = scores.sub_(top[:, None]).exp_().scatter_(1, y[:, None], 0.0)
+        rest, gap = G.sum(1), top - own
+        above = rest + torch.expm1(-gap)  # the sum of all, less 1
+        loss = ((above.log1p() + gap) * w).sum(1)
         if not gradient:
             return loss, aux, None
-        Z.mul_((w / total)[:, None]).scatter_add_(1, y[:, None], -w[:, None])
-        G = scores.copy_(Z)
+        share = w.to(above) / (1 + above)
+        G.mul_(share[:, None]).scatter_(1, y[:, None], -(rest * share)[:, None])
         to_W, to_c = torch.bmm(G, H), G.sum(2)
         torch.bmm(G.mT, W, out=D).mul_(H.sign_())
         D = D.view(S, p, p, h)
@@ -823,6 +821,22 @@ def stacked(
     }
 
 
+class OnePass(AdamW):
+    """AdamW by PyTorch's fused kernel, unless rates differ by member."""
+
+    def update(self, p, g, state, t, h):
+        if isinstance(h["lr"], Tensor):
+            super().update(p, g, state, t, h)
+            return
+        mean, square, _ = state
+        adamw(
+            [p.flat], [g.flat], [mean], [square], [],
+            [torch.full((), t - 1.0, device=g.flat.device)], fused=True,
+            amsgrad=False, beta1=h["beta1"], beta2=h["beta2"], lr=h["lr"],
+            weight_decay=0.0, eps=h["eps"], maximize=False,
+        )
+
+
 def run_arm(
     arm: Arm,
     setting: Setting,
@@ -890,7 +904,7 @@ def run_arm(
         done = fit(
             params,
             PairLoss(setting.p),
-            optimiser=AdamW(
+            optimiser=OnePass(
                 lr=setting.rate, weight_decay=setting.decay, beta2=0.98
             ),
             steps=setting.steps,

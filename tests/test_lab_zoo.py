@@ -54,6 +54,8 @@ def test_the_second_time_nobody_trains(folder, counted):
     second = parents(net, table(), **how, watch={"test": table(10)})
     assert len(counted) == 1 and len(list(folder.iterdir())) == 1
     assert equal(first, second) and equal(first.at(2), second.at(2))
+    for one, two in ((first, second), (first.at(2), second.at(2))):
+        assert list(one.params) == list(two.params)  # so directions are alike
     x, y = table(10)
     for a, b in zip(first.evaluate(x, y), second.evaluate(x, y), strict=True):
         assert torch.equal(a, b)

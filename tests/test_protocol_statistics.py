@@ -354,6 +354,17 @@ def test_errors_name_the_argument(call, name):
 
 
 @settings(max_examples=12)
+@given(samples(2, 9, st.integers(-4, 4).map(float)))
+def test_wilcoxon_with_ties_and_zeros_is_scipys(x):
+    assume(x.any())
+    found, moved = S.wilcoxon(x), x[x != 0]
+    for p, side in ((found.p, "greater"), (found.p_reversed, "less")):
+        oracle = sps.wilcoxon(moved, alternative=side)
+        assert p == pytest.approx(oracle.pvalue, rel=1e-12)
+        assert found.statistic == oracle.statistic
+
+
+@settings(max_examples=12)
 @given(samples(1, 12, st.integers(-4, 4).map(float)))
 def test_tests_of_one_sample_are_mirror_images(x):
     for f in (S.t_test, S.wilcoxon, S.sign_test, S.sign_flip):

@@ -30,9 +30,9 @@ from reappraisal.protocol.statistics import (
     holm,
     mean_interval,
     ratio_of_means,
-    sign_flip,
     spearman,
     t_test,
+    wilcoxon,
 )
 
 # %% auto #0
@@ -506,12 +506,6 @@ class Closeness:
         return (self.p < self.alpha).all(-1).sum(-1)
 
 
-def _signed_ranks(x: np.ndarray) -> np.ndarray:
-    """Wilcoxon's: ranks of the sizes that are not zero, with their signs."""
-    x = x[x != 0]
-    return np.sign(x) * scipy.stats.rankdata(abs(x))
-
-
 def closer(
     student: np.ndarray, controls: np.ndarray, method: str = "auto"
 ) -> Closeness:
@@ -549,8 +543,7 @@ def closer(
     moved = flat.any(1)
     p = np.ones(len(flat))
     if method == "auto" and gap.shape[-1] <= 13:
-        # with ties scipy goes through all signs one by one
-        p[moved] = [sign_flip(_signed_ranks(row)).p for row in flat[moved]]
+        p[moved] = [wilcoxon(row).p for row in flat[moved]]
     elif moved.any():
         p[moved] = scipy.stats.wilcoxon(
             flat[moved], axis=1, alternative="greater", method=method

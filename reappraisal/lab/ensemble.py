@@ -1452,7 +1452,7 @@ class Ensemble:
             {t[8:]: Trace(**kept[t[8:]]) for t in history},
             **tables.get("stopping", {}),
             checkpoints={
-                int(t[11:]): v
+                int(t[11:]): {k: v[k] for k in shapes}
                 for t, v in tables.items()
                 if t.startswith("checkpoint ")
             },

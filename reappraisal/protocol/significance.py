@@ -133,10 +133,18 @@ def wilcoxon(x: ArrayLike, *, null: float = 0.0) -> TestResult:
     moved = x[x != 0]
     if moved.size == 0:
         return TestResult(0.0, 1.0, 1.0, x.size, "Wilcoxon signed-rank")
-    up = scipy.stats.wilcoxon(moved, alternative="greater")
-    down = scipy.stats.wilcoxon(moved, alternative="less")
+    ranks = scipy.stats.rankdata(np.abs(moved))
+    if moved.size <= 13 and len(np.unique(ranks)) < moved.size:
+        # scipy tries the signs one by one where there are ties
+        signs = sign_flip(np.sign(moved) * ranks)
+        p, p_reversed = signs.p, signs.p_reversed
+    else:
+        p, p_reversed = (
+            float(scipy.stats.wilcoxon(moved, alternative=side).pvalue)
+            for side in ("greater", "less")
+        )
     return TestResult(
-        float(up.statistic), float(up.pvalue), float(down.pvalue), x.size,
+        float(ranks[moved > 0].sum()), p, p_reversed, x.size,
         "Wilcoxon signed-rank",
     )
 

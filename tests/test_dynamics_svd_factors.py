@@ -35,7 +35,7 @@ from reappraisal.dynamics.svd_factors_and_grokking import (
     stacked,
     supposed,
 )
-from reappraisal.lab.ensemble import FirstStep
+from reappraisal.lab.ensemble import AdamW, Batch, FirstStep
 from reappraisal.protocol.claims import Claim
 
 SEEDS = list(range(1000, 1024))
@@ -338,6 +338,37 @@ def test_how_many_go_together_changes_no_bit(name):
         value, aux = loss.value_and_grad(params, batch, grads)
         found.append([value, *aux.values(), *grads.values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("rate", [0.03, [0.01, 0.03]])
+def test_the_fused_step_is_adamw(rate, monkeypatch):
+    setting = replace(TINY, rate=rate)
+    one = run_arm(LADDER["full"], setting, [3, 4], 0.6, goal=None)
+    monkeypatch.setattr(chapter, "OnePass", AdamW)
+    two = run_arm(LADDER["full"], setting, [3, 4], 0.6, goal=None)
+    for name, trace in one.history.items():
+        torch.testing.assert_close(
+            trace.values, two.history[name].values, rtol=1e-3, atol=1e-5
+        )
+
+
+def test_gradients_go_on_where_float32_rounds_a_probability_to_one():
+    own = pairs(7, 0.6, [3])
+    params = stacked(LADDER["standard"], TINY, [3], torch.float64)
+    found = {}
+    for dtype in (torch.float64, torch.float32):
+        sure = {k: v.to(dtype, copy=True) for k, v in params.items()}
+        scores = sure["readout.bias"]
+        scores[:, 2] += 25.0  # everybody says two, and two is right
+        sure["readout.weight"] *= 0.01
+        batch = Batch(0, torch.arange(1), own | {"y": 0 * own["y"] + 2})
+        grads = {k: torch.empty_like(v) for k, v in sure.items()}
+        loss, _ = PairLoss(7).value_and_grad(sure, batch, grads)
+        found[dtype] = loss.double(), grads["readout.bias"].double()
+    (loss, grad), (loss32, grad32) = found.values()
+    assert 0 < loss < 1e-8
+    torch.testing.assert_close(loss32, loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(grad32, grad, rtol=1e-4, atol=0)
 
 
 def test_what_an_arm_cannot_do_is_named():
